@@ -1,0 +1,164 @@
+"""What the API process and the engine process say to each other (msgspec, msgpack on the wire).
+
+The engine speaks in token ids alone: text, templates and stop strings belong to the API side.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose one sequence's tokens. Values are validated by the API before they get here.
+
+    `seed` is always set: the API draws one for a request that names none, so that a sequence
+    recomputed after a preemption continues as it began. `logprobs` is the number of alternatives
+    beside the chosen token's own log-probability (0: the chosen token alone; None: nothing);
+    log-probabilities are of the model's own distribution, before temperature and penalties.
+    """
+
+    max_tokens: int
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    routing: Literal["mean", "layers"] | None = None
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
+    """One sequence to generate. `digest` is the adapter's generation the API resolved."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter: str | None = None
+    digest: str | None = None
+    priority: int = 0
+    """Lower runs first."""
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True):
+    """Forget these sequences and free what they hold. Unknown ids are ignored."""
+
+    request_ids: list[str]
+
+
+class Stop(msgspec.Struct, tag="stop", frozen=True):
+    """Take no more requests; finish those in flight within `timeout` seconds, abort the rest."""
+
+    timeout: float
+
+
+Message = Submit | Abort | Stop
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """One position: its token, the token's log-probability (nats), the likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class TokenRouting(msgspec.Struct, array_like=True, frozen=True):
+    """The gates one token gave to each expert: index = expert, values sum to 1.
+
+    `mean` averages over all routed linears, `layers` over those of each decoder layer.
+    """
+
+    mean: list[float]
+    layers: list[list[float]] | None = None
+
+
+class SequenceOutput(msgspec.Struct, array_like=True, frozen=True):
+    """What one step added to one sequence.
+
+    `prompt_logprobs` comes once, with the first token: one entry for each prompt token but the
+    first (which nothing predicts). `num_cached_tokens` counts the prompt tokens whose keys and
+    values came from the prefix cache. `stop_reason` is the stop token id that ended it, if any.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    routing: list[TokenRouting] | None = None
+
+
+class EngineStats(msgspec.Struct, array_like=True, frozen=True):
+    """The engine's state after a step; counters are totals since its start."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage_ratio: float = 0.0
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_cache_hits: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter the engine knows. `error` says why it can't be served; then `digest` is ''."""
+
+    name: str
+    digest: str = ""
+    peft_type: str = ""
+    num_experts: int = 0
+    top_k: int = 0
+    r: int = 0
+    basis_dim: int = 0
+    target_modules: list[str] = []
+    num_parameters: int = 0
+    num_bytes: int = 0
+    created: int = 0
+    """Unix seconds."""
+    error: str | None = None
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
+    """The engine is up; sent once."""
+
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    dtype: str
+    device: str
+    adapters: list[AdapterInfo]
+
+
+class Outputs(msgspec.Struct, tag="outputs", frozen=True):
+    """All that one step produced."""
+
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """The engine cannot start or go on; the last thing it says."""
+
+    error: str
+
+
+Reply = Ready | Outputs | Failed

@@ -1,0 +1,121 @@
+"""One request as the engine sees it: its tokens, how far they are computed, where they lie."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection
+
+from malora_server.engine.messages import FinishReason, Submit
+
+
+class Status(enum.Enum):
+    """Where a sequence is in its life: a preempted one is WAITING again."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """The tokens of one request (prompt, then outputs) and their place in the KV cache.
+
+    `num_computed_tokens` counts the leading tokens whose keys and values are in the cache, in
+    the blocks of `block_table`. `num_cached_tokens` counts the prompt tokens that were found
+    there when the request was first admitted. `cache_salt` separates the prefix caches of
+    adapters: the same tokens under another adapter have other keys and values.
+
+    Raises ValueError for a prompt that is empty, or that leaves no room for one token.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_hashes",
+        "block_table",
+        "cache_salt",
+        "eos_token_ids",
+        "finish_reason",
+        "max_len",
+        "min_len",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "order",
+        "priority",
+        "request_id",
+        "sampling",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "submit",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        submit: Submit,
+        arrival: int,
+        eos_token_ids: Collection[int],
+        max_model_len: int,
+    ) -> None:
+        sampling = submit.sampling
+        self.submit = submit
+        self.request_id = submit.request_id
+        self.sampling = sampling
+        self.cache_salt = (submit.digest or "").encode()
+        self.arrival = arrival
+        self.priority = submit.priority
+        self.order = (submit.priority, arrival)
+        """Who goes first: the smaller one."""
+
+        self.token_ids = list(submit.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        if not 0 < self.num_prompt_tokens < max_model_len:
+            raise ValueError(
+                f"request {submit.request_id!r} has a prompt of {self.num_prompt_tokens} tokens: "
+                f"give it between 1 and {max_model_len - 1}, the context being {max_model_len}"
+            )
+        self.min_len = self.num_prompt_tokens + sampling.min_tokens
+        """No stop token may be sampled while there are fewer tokens than this."""
+        self.max_len = min(self.num_prompt_tokens + sampling.max_tokens, max_model_len)
+        self.eos_token_ids = frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
+        self.stop_ids = self.eos_token_ids.union(sampling.stop_token_ids)
+
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        """Content hashes of the leading full blocks, as far as anyone has asked for them."""
+        self.num_registered_blocks = 0
+        """Leading blocks of the table that the prefix cache has been told about."""
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def append(self, token_id: int) -> bool:
+        """Add a sampled token; True when it was the last, with `finish_reason` set.
+
+        `stop_reason` is set for an id of `stop_token_ids`, and stays None for the model's own
+        end of text.
+        """
+        # The token was sampled when there were this many, which is what min_tokens speaks of.
+        num_before = len(self.token_ids)
+        self.token_ids.append(token_id)
+        if token_id in self.stop_ids and num_before >= self.min_len:
+            self.finish_reason = "stop"
+            self.stop_reason = None if token_id in self.eos_token_ids else token_id
+        elif num_before + 1 >= self.max_len:
+            self.finish_reason = "length"
+        return self.finish_reason is not None
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request_id!r}, {self.status.name}, {self.num_computed_tokens} of "
+            f"{len(self.token_ids)} tokens computed, {len(self.block_table)} blocks)"
+        )

@@ -1,0 +1,79 @@
+import pytest
+from malora_server.engine.messages import SamplingParams, Submit
+from malora_server.engine.sequence import Sequence
+
+EOS = 2
+
+
+def make(prompt=(5, 6, 7), max_model_len=100, digest=None, **sampling):
+    params = SamplingParams(**{"max_tokens": 10, "seed": 1, **sampling})
+    submit = Submit(
+        request_id="a", prompt_token_ids=list(prompt), sampling=params, adapter="x", digest=digest
+    )
+    return Sequence(submit, arrival=0, eos_token_ids=[EOS], max_model_len=max_model_len)
+
+
+def feed(seq, tokens):
+    """Appends until the sequence says it is finished; returns how many tokens it took."""
+    for count, token in enumerate(tokens, 1):
+        if seq.append(token):
+            return count
+    return None
+
+
+def test_stops_after_max_tokens():
+    seq = make(max_tokens=3)
+    assert feed(seq, [9, 9, 9, 9]) == 3
+    assert (seq.finish_reason, seq.stop_reason) == ("length", None)
+    assert seq.token_ids == [5, 6, 7, 9, 9, 9]
+    assert seq.num_output_tokens == 3
+
+
+def test_stops_when_the_context_is_full():
+    seq = make(max_model_len=5)
+    assert feed(seq, [9] * 9) == 2
+    assert seq.finish_reason == "length"
+
+
+def test_end_of_text_stops_without_a_stop_reason():
+    seq = make(stop_token_ids=[EOS, 8])
+    assert feed(seq, [9, EOS]) == 2
+    assert (seq.finish_reason, seq.stop_reason) == ("stop", None)
+
+
+def test_a_stop_token_is_the_stop_reason():
+    seq = make(stop_token_ids=[8])
+    assert feed(seq, [9, 8]) == 2
+    assert (seq.finish_reason, seq.stop_reason) == ("stop", 8)
+
+
+def test_a_stop_token_at_the_limit_is_a_stop():
+    seq = make(max_tokens=2)
+    assert feed(seq, [9, EOS]) == 2
+    assert seq.finish_reason == "stop"
+
+
+def test_ignore_eos_ignores_end_of_text_alone():
+    seq = make(ignore_eos=True, stop_token_ids=[8])
+    assert feed(seq, [EOS, EOS, 8]) == 3
+    assert seq.stop_reason == 8
+    asked_for = make(ignore_eos=True, stop_token_ids=[EOS])
+    assert feed(asked_for, [EOS]) == 1
+    assert asked_for.stop_reason == EOS
+
+
+def test_min_tokens_come_before_any_stop():
+    seq = make(min_tokens=2, stop_token_ids=[8])
+    assert feed(seq, [8, EOS, 8]) == 3
+    assert seq.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("length", [0, 100, 101])
+def test_refuses_a_prompt_that_leaves_no_room(length):
+    with pytest.raises(ValueError, match=f"prompt of {length} tokens: give it between 1 and 99"):
+        make(prompt=[1] * length)
+
+
+def test_salt_is_the_digest_never_the_name():
+    assert make().cache_salt == b""
+    assert make(digest="abc").cache_salt == b"abc"

@@ -1,0 +1,227 @@
+"""The client for ordinary, blocking code."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Literal, Self, TypeVar, Unpack, overload
+
+import httpx
+
+from malora_client import calls
+from malora_client.base_client import BaseClient
+from malora_client.calls import Call
+from malora_client.params import ChatParams, CompletionParams, DetokenizeParams, TokenizeParams
+from malora_client.retries import Retries
+from malora_client.settings import (
+    DEFAULT_MAX_RETRIES,
+    DEFAULT_TIMEOUT,
+    LIMITS,
+    Settings,
+    Timeout,
+)
+from malora_client.streaming import Stream
+from malora_client.types import (
+    Adapter,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    Health,
+    Listing,
+    Model,
+    Reply,
+    Text,
+    Tokens,
+)
+
+ReplyT = TypeVar("ReplyT", bound=Reply)
+
+
+class Client(BaseClient[httpx.Client]):
+    """A MALoRA server's client; safe to share between threads.
+
+    base_url: the server, else MALORA_BASE_URL, else http://127.0.0.1:8000. api_key: else
+    MALORA_API_KEY; sent as a bearer token. timeout: seconds, an `httpx.Timeout`, or None for
+    ever; in a stream it bounds each wait for the next chunk. max_retries: how often a request is
+    sent again after a failure that may pass. http_client: one of yours, for proxies or
+    certificates; closing it stays yours.
+
+    Every method raises a `MaloraError` when the server cannot be reached or refuses.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        timeout: Timeout = DEFAULT_TIMEOUT,
+        max_retries: int = DEFAULT_MAX_RETRIES,
+        http_client: httpx.Client | None = None,
+    ) -> None:
+        super().__init__(
+            Settings.resolve(base_url, api_key, timeout, max_retries),
+            http_client or httpx.Client(limits=LIMITS),
+            owns_http=http_client is None,
+        )
+
+    @property
+    def completions(self) -> Completions:
+        return Completions(self)
+
+    @property
+    def chat(self) -> Chat:
+        return Chat(self)
+
+    @property
+    def models(self) -> Models:
+        return Models(self)
+
+    @property
+    def adapters(self) -> Adapters:
+        return Adapters(self)
+
+    def tokenize(self, **params: Unpack[TokenizeParams]) -> Tokens:
+        return self._request(calls.tokenize(params))
+
+    def detokenize(self, **params: Unpack[DetokenizeParams]) -> Text:
+        return self._request(calls.detokenize(params))
+
+    def health(self) -> Health:
+        """Return if the server takes requests; raise if it does not."""
+        return self._request(calls.health())
+
+    def close(self) -> None:
+        """Close the connections; those of an `http_client` that was given stay open."""
+        if self._owns_http:
+            self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(self, call: Call[ReplyT]) -> ReplyT:
+        return call.parse(self._send(call, stream=False))
+
+    def _stream(self, call: Call[ReplyT]) -> Stream[ReplyT]:
+        return Stream(call, self._send(call, stream=True))
+
+    def _send(self, call: Call[ReplyT], *, stream: bool) -> httpx.Response:
+        """The successful response; of a stream only the head has been read."""
+        request = self._build(call)
+        retries = Retries(self._settings.max_retries)
+        while True:
+            try:
+                response = self._http.send(request, stream=stream)
+                if response.is_success:
+                    return response
+                response.read()
+            except httpx.RequestError as exc:
+                delay = retries.after_failure(exc)
+            else:
+                delay = retries.after_status(response)
+            time.sleep(delay)
+
+
+class Completions:
+    """/v1/completions."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @overload
+    def create(
+        self, *, stream: Literal[False] | None = None, **params: Unpack[CompletionParams]
+    ) -> Completion: ...
+
+    @overload
+    def create(
+        self, *, stream: Literal[True], **params: Unpack[CompletionParams]
+    ) -> Stream[CompletionChunk]: ...
+
+    @overload
+    def create(
+        self, *, stream: bool, **params: Unpack[CompletionParams]
+    ) -> Completion | Stream[CompletionChunk]: ...
+
+    def create(
+        self, *, stream: bool | None = None, **params: Unpack[CompletionParams]
+    ) -> Completion | Stream[CompletionChunk]:
+        """Continue the prompt; `CompletionParams` and `GenerationParams` say what can be set."""
+        if stream:
+            return self._client._stream(calls.stream_completion(params))
+        return self._client._request(calls.complete(params))
+
+
+class Chat:
+    """/v1/chat."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @property
+    def completions(self) -> ChatCompletions:
+        return ChatCompletions(self._client)
+
+
+class ChatCompletions:
+    """/v1/chat/completions."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @overload
+    def create(
+        self, *, stream: Literal[False] | None = None, **params: Unpack[ChatParams]
+    ) -> ChatCompletion: ...
+
+    @overload
+    def create(
+        self, *, stream: Literal[True], **params: Unpack[ChatParams]
+    ) -> Stream[ChatCompletionChunk]: ...
+
+    @overload
+    def create(
+        self, *, stream: bool, **params: Unpack[ChatParams]
+    ) -> ChatCompletion | Stream[ChatCompletionChunk]: ...
+
+    def create(
+        self, *, stream: bool | None = None, **params: Unpack[ChatParams]
+    ) -> ChatCompletion | Stream[ChatCompletionChunk]:
+        """Answer the conversation; `ChatParams` and `GenerationParams` say what can be set."""
+        if stream:
+            return self._client._stream(calls.stream_chat(params))
+        return self._client._request(calls.chat(params))
+
+
+class Models:
+    """/v1/models: what a request may name as `model`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> Listing[Model]:
+        return self._client._request(calls.list_models())
+
+    def retrieve(self, model: str) -> Model:
+        return self._client._request(calls.retrieve_model(model))
+
+
+class Adapters:
+    """/v1/adapters: the adapters there are, those that cannot be served with their reason too."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> Listing[Adapter]:
+        return self._client._request(calls.list_adapters())
+
+    def retrieve(self, name: str) -> Adapter:
+        return self._client._request(calls.retrieve_adapter(name))

@@ -1,0 +1,98 @@
+"""The fields of a request, as keyword arguments. None leaves a field out: the server's default."""
+
+# No `from __future__ import annotations` here: TypedDict would no longer see `Required`.
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Required, TypedDict
+
+from malora_client.types import ChatMessage
+
+
+class StreamOptions(TypedDict, total=False):
+    """include_usage: end the stream with a chunk that has `usage` and no choices."""
+
+    include_usage: bool
+
+
+class TextPart(TypedDict):
+    """A piece of a message's text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessageParam(TypedDict, total=False):
+    """A message of a conversation: role "system", "user" or "assistant"."""
+
+    role: Required[str]
+    content: Required[str | Sequence[TextPart]]
+    name: str
+
+
+class GenerationParams(TypedDict, total=False):
+    """What completions and chat share: OpenAI's fields, then vLLM's, then ours.
+
+    model: the adapter's name, or the base model's. priority: lower runs first.
+    include_routing: True for the experts each generated token took, "layers" for them by layer
+    too.
+    """
+
+    model: Required[str]
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    n: int | None
+    stop: str | Sequence[str] | None
+    seed: int | None
+    stream_options: StreamOptions | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[str, float] | Mapping[int, float] | None
+    user: str | None
+
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    min_tokens: int | None
+    add_special_tokens: bool | None
+    skip_special_tokens: bool | None
+    include_stop_str_in_output: bool | None
+    priority: int | None
+
+    include_routing: bool | Literal["layers"] | None
+
+
+class CompletionParams(GenerationParams, total=False):
+    """prompt: text or token ids, or several of either. logprobs: how many alternatives a token."""
+
+    prompt: Required[str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]]
+    logprobs: int | None
+    echo: bool | None
+
+
+class ChatParams(GenerationParams, total=False):
+    """logprobs: whether to send them; top_logprobs: how many alternatives a token."""
+
+    messages: Required[Sequence[ChatMessageParam | ChatMessage]]
+    max_completion_tokens: int | None
+    logprobs: bool | None
+    top_logprobs: int | None
+
+
+class TokenizeParams(TypedDict, total=False):
+    """What to tokenize: `prompt`, or `messages` through the chat template."""
+
+    model: str | None
+    prompt: str | None
+    messages: Sequence[ChatMessageParam | ChatMessage] | None
+    add_special_tokens: bool | None
+    return_token_strs: bool | None
+
+
+class DetokenizeParams(TypedDict, total=False):
+    """tokens: ids."""
+
+    model: str | None
+    tokens: Required[Sequence[int]]

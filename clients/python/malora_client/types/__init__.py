@@ -1,0 +1,55 @@
+"""Typed replies."""
+
+from malora_client.types.chat import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatTokenLogprob,
+    TopLogprob,
+)
+from malora_client.types.completion import (
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    Logprobs,
+)
+from malora_client.types.server import Adapter, Health, Model, Text, Tokens
+from malora_client.types.shared import (
+    ExpertGate,
+    Listing,
+    PromptTokensDetails,
+    Reply,
+    Routing,
+    Usage,
+)
+
+__all__ = [
+    "Adapter",
+    "ChatChoice",
+    "ChatChunkChoice",
+    "ChatCompletion",
+    "ChatCompletionChunk",
+    "ChatDelta",
+    "ChatLogprobs",
+    "ChatMessage",
+    "ChatTokenLogprob",
+    "Completion",
+    "CompletionChoice",
+    "CompletionChunk",
+    "ExpertGate",
+    "Health",
+    "Listing",
+    "Logprobs",
+    "Model",
+    "PromptTokensDetails",
+    "Reply",
+    "Routing",
+    "Text",
+    "Tokens",
+    "TopLogprob",
+    "Usage",
+]

@@ -1,13 +1,50 @@
-"""An adapter in memory: what the kernels, the server and the converters share."""
+"""An adapter in memory and on disk: what the kernels, the server and the converters share.
+
+On disk it is a folder shaped as PEFT shapes it: `adapter_config.json` and
+`adapter_model.safetensors`. Folders come from strangers, so everything about one is checked before
+anything is allocated, and nothing but safetensors is ever read.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-RouterInput = Literal["hidden", "basis"]
+from malora.basis import BASIS_NAME, PEFT_PREFIX, basis_digest, tensor_digest
+from malora.config import LinearShape, MaloraConfig, RouterInput
+from malora.files import (
+    CONFIG_NAME,
+    MAX_WEIGHTS_BYTES,
+    WEIGHTS_NAME,
+    AdapterFormatError,
+    open_weights,
+    read_config,
+)
+
+__all__ = [
+    "AdaptedLinear",
+    "Adapter",
+    "AdapterFormatError",
+    "BaseModelSpec",
+    "RouterInput",
+    "base_model_fingerprint",
+    "load_adapter",
+    "save_adapter",
+]
+
+MAX_RANK = 1024
+MAX_EXPERTS = 256
 
 
 @dataclass(frozen=True)
@@ -46,3 +83,328 @@ class AdaptedLinear:
     @property
     def in_features(self) -> int:
         return self.basis.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors, by the names that follow the module path in a saved adapter."""
+        named = {
+            BASIS_NAME: self.basis,
+            "malora_coefficients": self.coefficients,
+            "malora_router": self.router,
+            "malora_up": self.up,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A whole adapter. Make one with `load_adapter` or `Adapter.of`.
+
+    linears: by module path in the base model ("model.layers.0.self_attn.q_proj").
+    digest: sha256, in hex, of all that decides the adapter's outputs: paths, shapes, dtypes, bytes,
+    top_k, scaling and router_input. The same weights under another name have the same digest.
+    """
+
+    config: MaloraConfig
+    linears: dict[str, AdaptedLinear]
+    digest: str
+    num_parameters: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, config: MaloraConfig, linears: Mapping[str, AdaptedLinear]) -> Adapter:
+        """The adapter that these linears make; reads every byte, for the digest."""
+        digest = hashlib.sha256()
+        num_parameters = num_bytes = 0
+        for path in sorted(linears):
+            linear = linears[path]
+            digest.update(
+                f"{path} {linear.top_k} {linear.scaling!r} {linear.router_input}\n".encode()
+            )
+            for name, tensor in linear.tensors().items():
+                digest.update(f"{name} {tensor_digest(tensor)}\n".encode())
+                num_parameters += tensor.numel()
+                num_bytes += tensor.nbytes
+        return cls(config, dict(linears), digest.hexdigest(), num_parameters, num_bytes)
+
+
+@dataclass(frozen=True)
+class BaseModelSpec:
+    """What an adapter must fit: the sizes (in, out) of a base model's linears, and which it is."""
+
+    name: str
+    linears: dict[str, tuple[int, int]]
+    fingerprint: str
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> BaseModelSpec:
+        """Describe a transformers model that has its weights, and no adapters on it.
+
+        Raises ValueError for a model whose weights are not there to be recognised by.
+        """
+        fingerprint = base_model_fingerprint(model)
+        if fingerprint is None:
+            raise ValueError(
+                f"A {type(model).__name__} cannot be recognised as a base model: it needs a "
+                "transformers configuration and loaded input embeddings."
+            )
+        linears = {
+            path: (module.in_features, module.out_features)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        return cls(name, linears, fingerprint)
+
+
+def base_model_fingerprint(model: nn.Module) -> str | None:
+    """sha256, in hex, that tells base models apart; None for a model that has no such marks.
+
+    Covers the sizes in the configuration, the first 8 embedding rows and the norm weights. It is
+    the same whether bfloat16 weights are loaded as bfloat16 or float32, with adapters or without.
+    """
+    known: Any = model
+    config = getattr(known, "config", None)
+    if config is None or not hasattr(known, "get_input_embeddings"):
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    weight = getattr(known.get_input_embeddings(), "weight", None)
+    if weight is None or weight.ndim != 2 or weight.is_meta:
+        return None
+    sizes = {
+        name: getattr(text, name, None)
+        for name in (
+            "model_type",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+    }
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+    norms = (p for name, p in model.named_parameters() if p.ndim == 1 and name.endswith(".weight"))
+    for tensor in (weight[:8], *norms):
+        # bfloat16 is what both a float32 and a bfloat16 load can be brought to without loss.
+        digest.update(tensor_digest(tensor.detach().to("cpu", torch.bfloat16)).encode())
+    return digest.hexdigest()
+
+
+def load_adapter(
+    folder: str | os.PathLike[str],
+    base: BaseModelSpec | None = None,
+    *,
+    max_bytes: int = MAX_WEIGHTS_BYTES,
+) -> Adapter:
+    """Read an adapter folder: MALORA, or LORA as PEFT itself saves it.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        base: the model it is to run on; None checks the adapter against itself alone.
+        max_bytes: the largest weights file to accept.
+
+    Returns:
+        The adapter on the CPU, in the dtypes it was saved in, independent of the file.
+
+    Raises AdapterFormatError, its code one of adapter_not_found, adapter_config_invalid,
+    adapter_type_unsupported, adapter_file_missing, adapter_file_unsafe, adapter_file_invalid,
+    adapter_too_large, adapter_rank_too_large, adapter_too_many_experts, adapter_tensor_missing,
+    adapter_tensor_unexpected, adapter_shape_mismatch, adapter_dtype_unsupported,
+    adapter_base_mismatch, adapter_not_finite, adapter_basis_mismatch.
+    """
+    folder = Path(folder)
+    raw = read_config(folder)
+    with open_weights(folder, max_bytes) as weights:
+        # The header's shapes are read as the weights will be, but on tensors that take no memory.
+        check_adapter(*_interpret(raw, weights.shapes()), base)
+        config, linears = _interpret(raw, weights.tensors())
+    if config.basis_digest is not None and config.basis_digest != basis_digest(
+        {path: linear.basis for path, linear in linears.items()}
+    ):
+        raise AdapterFormatError(
+            "adapter_basis_mismatch",
+            f"Field basis_digest of {CONFIG_NAME} does not belong to the basis in {WEIGHTS_NAME}: "
+            "the two files come from different adapters.",
+        )
+    return Adapter.of(config, linears)
+
+
+def save_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
+    """Write a MALORA folder that `load_adapter` and `PeftModel.from_pretrained` both read.
+
+    Makes the folder if need be. The weights are complete before they take their final name.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{PEFT_PREFIX}{path}.{name}": tensor.detach().cpu().contiguous()
+        for path, linear in adapter.linears.items()
+        for name, tensor in linear.tensors().items()
+    }
+    partial = folder / f".{WEIGHTS_NAME}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / WEIGHTS_NAME)
+    document = adapter.config.to_dict()
+    document["basis_digest"] = basis_digest(
+        {path: linear.basis for path, linear in adapter.linears.items()}
+    )
+    (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+
+def _interpret(
+    document: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[MaloraConfig, dict[str, AdaptedLinear]]:
+    if document["peft_type"] == "MALORA":
+        config = config_of(document)
+        return config, linears_of(config, tensors)
+    if document["peft_type"] == "LORA":
+        from malora.convert import from_lora  # which builds on this module
+
+        return from_lora(document, tensors)
+    raise AdapterFormatError(
+        "adapter_type_unsupported",
+        f"Field peft_type of {CONFIG_NAME} is {document['peft_type']!r}, but only MALORA and LORA "
+        "adapters can be used: try malora convert.",
+    )
+
+
+def config_of(document: Mapping[str, Any]) -> MaloraConfig:
+    # Fields this version does not know are ignored, as PEFT ignores them.
+    known = {field.name for field in fields(MaloraConfig)} - {"basis_path"}
+    try:
+        return MaloraConfig(**{name: document[name] for name in known & document.keys()})
+    except (ValueError, TypeError) as error:
+        raise AdapterFormatError("adapter_config_invalid", f"{CONFIG_NAME}: {error}") from error
+
+
+def linears_of(config: MaloraConfig, tensors: Mapping[str, Tensor]) -> dict[str, AdaptedLinear]:
+    """Put the tensors of a MALORA file together, by module path.
+
+    Raises AdapterFormatError: adapter_tensor_missing, adapter_tensor_unexpected.
+    """
+    wanted = {BASIS_NAME, "malora_up"}
+    if config.coefficients == "learned":
+        wanted.add("malora_coefficients")
+    if config.num_experts > 1:
+        wanted.add("malora_router")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, _, part = name.removeprefix(PEFT_PREFIX).rpartition(".")
+        if not name.startswith(PEFT_PREFIX) or not path or part not in wanted:
+            raise AdapterFormatError(
+                "adapter_tensor_unexpected",
+                f"Tensor {name} does not belong in this adapter: expected "
+                f"{PEFT_PREFIX}<module path>. with {', '.join(sorted(wanted))}.",
+            )
+        parts.setdefault(path, {})[part] = tensor
+    linears = {}
+    for path, found in parts.items():
+        for part in sorted(wanted - found.keys()):
+            raise AdapterFormatError(
+                "adapter_tensor_missing", f"Tensor {PEFT_PREFIX}{path}.{part} is missing."
+            )
+        linears[path] = AdaptedLinear(
+            basis=found[BASIS_NAME],
+            up=found["malora_up"],
+            coefficients=found.get("malora_coefficients"),
+            router=found.get("malora_router"),
+            router_input=config.router_input,
+            top_k=config.top_k,
+            scaling=shape_of(config, path).scaling,
+        )
+    return linears
+
+
+def check_adapter(
+    config: MaloraConfig, linears: Mapping[str, AdaptedLinear], base: BaseModelSpec | None
+) -> None:
+    """Check sizes against the configuration, the limits and the base model; needs no values.
+
+    Raises AdapterFormatError: adapter_rank_too_large, adapter_too_many_experts,
+    adapter_tensor_missing, adapter_shape_mismatch, adapter_base_mismatch.
+    """
+    rank = max([config.r, *config.rank_pattern.values()])
+    if rank > MAX_RANK:
+        raise AdapterFormatError(
+            "adapter_rank_too_large",
+            f"The adapter's rank r is {rank}, but at most {MAX_RANK} is served.",
+        )
+    if config.num_experts > MAX_EXPERTS:
+        raise AdapterFormatError(
+            "adapter_too_many_experts",
+            f"Field num_experts is {config.num_experts}, but at most {MAX_EXPERTS} are served.",
+        )
+    if not linears:
+        raise AdapterFormatError(
+            "adapter_tensor_missing", f"{WEIGHTS_NAME} holds no adapted linear."
+        )
+    for path, linear in linears.items():
+        _check_shapes(config, path, linear)
+    if base is not None:
+        _check_base(config, linears, base)
+
+
+def _check_shapes(config: MaloraConfig, path: str, linear: AdaptedLinear) -> None:
+    shape = shape_of(config, path)
+    n, m = linear.basis.shape[-1:], linear.up.shape[1:2]
+    experts, r, d = config.num_experts, shape.r, shape.basis_dim
+    expected = {
+        BASIS_NAME: (d, *n),
+        "malora_up": (experts, *m, r),
+        "malora_coefficients": (experts, r, d),
+        "malora_router": (experts, *n) if config.router_input == "hidden" else (experts, d),
+    }
+    for name, tensor in linear.tensors().items():
+        if (
+            tuple(tensor.shape) != expected[name]
+            or 0 in tensor.shape
+            or tensor.ndim != len(expected[name])
+        ):
+            raise AdapterFormatError(
+                "adapter_shape_mismatch",
+                f"Tensor {path}.{name} has shape {tuple(tensor.shape)}, but {CONFIG_NAME} "
+                f"makes it {expected[name]}.",
+            )
+
+
+def _check_base(
+    config: MaloraConfig, linears: Mapping[str, AdaptedLinear], base: BaseModelSpec
+) -> None:
+    if config.base_model_fingerprint not in (None, base.fingerprint):
+        raise AdapterFormatError(
+            "adapter_base_mismatch",
+            "Field base_model_fingerprint names another base model than the one served: the "
+            "adapter was trained on other weights, so its results would be meaningless.",
+        )
+    for path, linear in linears.items():
+        if path not in base.linears:
+            raise AdapterFormatError(
+                "adapter_base_mismatch",
+                f"The adapter adapts {path}, but the base model has no such linear.",
+            )
+        if (linear.in_features, linear.out_features) != base.linears[path]:
+            raise AdapterFormatError(
+                "adapter_base_mismatch",
+                f"The adapter's {path} maps {linear.in_features} to {linear.out_features} "
+                f"features, but the base model's maps {base.linears[path][0]} to "
+                f"{base.linears[path][1]}.",
+            )
+    if config.target_modules is None:
+        return
+    for path in base.linears:
+        if path not in linears and check_target_module_exists(config, path):
+            raise AdapterFormatError(
+                "adapter_tensor_missing",
+                f"Field target_modules names {path}, but {WEIGHTS_NAME} has no tensors for it.",
+            )
+
+
+def shape_of(config: MaloraConfig, path: str) -> LinearShape:
+    """`config.shape_of(path)` for a configuration from a file, whose patterns may be malformed."""
+    try:
+        return config.shape_of(path)
+    except re.error as error:
+        raise AdapterFormatError(
+            "adapter_config_invalid",
+            f"Field rank_pattern or alpha_pattern holds a malformed expression: {error}.",
+        ) from error

@@ -1,0 +1,26 @@
+"""What an engine needs to know to start; plain data, so that it crosses to the engine process."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's settings.
+
+    base: folder or hub id of the base model. adapters: a folder whose subfolders are adapters.
+    max_model_len: tokens of prompt and output (None: the model's own). kv_cache_memory: bytes
+    (None: a share of what is free). num_threads: torch's CPU threads (None: torch's choice).
+    """
+
+    base: str
+    adapters: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None

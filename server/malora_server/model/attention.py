@@ -1,0 +1,227 @@
+"""Attention over a paged KV cache, plugged into transformers' attention interface.
+
+Keys and values of every layer live in blocks of `block_size` token slots; a sequence's block table
+says which. The model runs on the step's tokens laid end to end, (1, T); this module writes their
+keys and values to their slots and lets each token attend to its own sequence alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+IMPLEMENTATION = "malora_paged"
+"""The name under which `paged_attention` is registered with transformers."""
+
+Ints = NDArray[np.int64]
+
+
+class QueryBlock:
+    """Some adjacent chunks of the step, padded to (P, Q) queries over (P, L) keys.
+
+    Decoding sequences (one query each) form one block and prefill chunks another, so that neither
+    pays for the other's padding.
+    """
+
+    def __init__(
+        self,
+        tokens: slice,
+        starts: Ints,
+        counts: Ints,
+        block_tables: list[list[int]],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """starts, counts: (P,) first position and number of tokens of each chunk."""
+        self.tokens = tokens
+        self.num_chunks = len(counts)
+        self.num_queries = int(counts.max())
+        lengths = starts + counts
+        used = -(-lengths // block_size)
+        tables = np.zeros((self.num_chunks, int(used.max())), dtype=np.int64)
+        for i, (table, n) in enumerate(zip(block_tables, used.tolist(), strict=True)):
+            tables[i, :n] = table[:n]
+        self.block_tables = torch.from_numpy(tables).to(device)
+        within = np.arange(self.num_queries)
+        valid = within < counts[:, None]
+        self._positions = torch.from_numpy(np.where(valid, starts[:, None] + within, 0)).to(device)
+        self._num_keys = tables.shape[1] * block_size
+        self._dtype = dtype
+        self._masks: dict[tuple[int | None, int], Tensor] = {}
+        self.padded: Tensor | None = None
+        self.unpadded: Tensor | None = None
+        if not valid.all() or self.num_queries > 1:
+            first = tokens.start + np.cumsum(counts) - counts
+            rows = np.where(valid, first[:, None] + within, tokens.start)
+            self.padded = torch.from_numpy(rows).to(device)
+            self.unpadded = torch.from_numpy(np.flatnonzero(valid.ravel())).to(device)
+
+    def mask(self, window: int | None, groups: int) -> Tensor:
+        """What each query may see, (P, 1, groups * Q, L), added to the scores."""
+        key = (window, groups)
+        if key not in self._masks:
+            keys = torch.arange(self._num_keys, device=self._positions.device)
+            queries = self._positions[:, :, None]
+            hidden = keys > queries
+            if window is not None:
+                hidden |= keys <= queries - window
+            mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
+            mask.masked_fill_(hidden, torch.finfo(self._dtype).min)
+            self._masks[key] = mask.repeat(1, groups, 1)[:, None]
+        return self._masks[key]
+
+
+@dataclass
+class AttentionStep:
+    """The step's tokens: where their keys go, and who attends to what."""
+
+    slots: Tensor
+    """(T,) int64: block * block_size + offset of each token."""
+    blocks: list[QueryBlock]
+
+
+@dataclass(eq=False)
+class AttentionContext:
+    """What `paged_attention` reads; the runner sets `step` before each forward pass."""
+
+    step: AttentionStep = field(init=False)
+
+
+class LayerCache(nn.Module):
+    """One layer's keys and values: (num_blocks, block_size, kv_heads, head_dim) each."""
+
+    def __init__(
+        self,
+        context: AttentionContext,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.context = context
+        self.keys = _zeros(shape, dtype, device)
+        self.values = _zeros(shape, dtype, device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, because a masked key is still multiplied, and 0 · NaN is NaN.
+
+    On the CPU the memory is not touched before it is used, as torch's own zeros would.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: object,  # noqa: ARG001
+) -> tuple[Tensor, None]:
+    """The attention interface of transformers over `module.paged_cache` (a `LayerCache`).
+
+    query: (1, heads, T, D); key, value: (1, kv_heads, T, D). Returns ((1, T, heads, D), None).
+    """
+    cache: LayerCache = module.paged_cache  # type: ignore[assignment]
+    step = cache.context.step
+    kv_heads, head_dim = cache.keys.shape[2:]
+    cache.keys.view(-1, kv_heads, head_dim).index_copy_(0, step.slots, key[0].transpose(0, 1))
+    cache.values.view(-1, kv_heads, head_dim).index_copy_(0, step.slots, value[0].transpose(0, 1))
+    queries = query[0].transpose(0, 1)
+    scale = scaling if scaling is not None else head_dim**-0.5
+    outputs = [
+        _attend(block, queries, cache, scale, sliding_window, softcap) for block in step.blocks
+    ]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+
+
+def _attend(
+    block: QueryBlock,
+    queries: Tensor,
+    cache: LayerCache,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """queries: (T, heads, D), all of the step's. Returns (tokens of the block, heads, D)."""
+    chunks, wide = block.num_chunks, block.num_queries
+    heads, head_dim = queries.shape[1:]
+    kv_heads = cache.keys.shape[2]
+    groups = heads // kv_heads
+    k = cache.keys[block.block_tables].view(chunks, -1, kv_heads, head_dim).transpose(1, 2)
+    v = cache.values[block.block_tables].view(chunks, -1, kv_heads, head_dim).transpose(1, 2)
+    # The query heads that share a key head are further queries of it: keys are never repeated.
+    if block.padded is None:
+        q = queries[block.tokens].reshape(chunks, kv_heads, groups, head_dim)
+    else:
+        q = queries[block.padded].view(chunks, wide, kv_heads, groups, head_dim)
+        q = q.permute(0, 2, 3, 1, 4).reshape(chunks, kv_heads, groups * wide, head_dim)
+    mask = block.mask(window, groups)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+        scores = torch.tanh(scores / softcap) * softcap + mask
+        out = torch.matmul(torch.softmax(scores.float(), dim=-1).to(v.dtype), v)
+    if block.padded is None:
+        return out.reshape(chunks, heads, head_dim)
+    out = out.view(chunks, kv_heads, groups, wide, head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(chunks * wide, heads, head_dim)[block.unpadded]
+
+
+AttentionInterface.register(IMPLEMENTATION, paged_attention)
+
+
+def attach_cache(
+    model: PreTrainedModel,
+    context: AttentionContext,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give every attention layer of the model its blocks."""
+    for layer, (kv_heads, head_dim) in attention_layers(model):
+        shape = (num_blocks, block_size, kv_heads, head_dim)
+        layer.paged_cache = LayerCache(context, shape, dtype, device)
+
+
+def attention_layers(model: PreTrainedModel) -> list[tuple[nn.Module, tuple[int, int]]]:
+    """Every self-attention module and its (kv_heads, head_dim).
+
+    Raises ValueError where the model has layers that keep another kind of state.
+    """
+    config = model.config.get_text_config()
+    layers = [
+        m
+        for m in model.modules()
+        if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")
+    ]
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"{type(model).__name__} has {len(layers)} attention modules in "
+            f"{config.num_hidden_layers} layers; only decoders with attention in every layer "
+            "can be served"
+        )
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return [(m, (kv_heads, int(m.head_dim))) for m in layers]  # type: ignore[arg-type]
+
+
+def cache_bytes_per_block(model: PreTrainedModel, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes over all layers, keys and values."""
+    elements = sum(heads * dim for _, (heads, dim) in attention_layers(model))
+    return 2 * elements * block_size * dtype.itemsize

@@ -1,0 +1,46 @@
+# Two commands do it all on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PORT ?= 8000
+OUT ?= demo-output
+DATA ?= ../shared/data/tasks
+
+.PHONY: help install demo test test-data lint format bench clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## Make the environment (.venv)
+
+$(INSTALLED): pyproject.toml clients/python/pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e 'clients/python' -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Train three adapters, serve them, complete with each (ONCE=1 stops after)
+	$(BIN)/malora demo --out $(OUT) --port $(PORT) $(if $(ONCE),--once)
+
+test: $(INSTALLED)  ## Run the tests
+	$(BIN)/python -m pytest
+
+test-data: $(INSTALLED)  ## Train, serve and score adapters on the whole of the task data (DATA=folder)
+	MALORA_TEST_DATA=$(DATA) MALORA_TEST_WHOLE=1 $(BIN)/python -m pytest -s tests/end_to_end/test_real_tasks.py
+
+lint: $(INSTALLED)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## Measure throughput on this machine
+	$(BIN)/python -m benchmarks.cpu_serving
+	$(BIN)/python -m benchmarks.http_serving
+
+clean:  ## Remove the environment and what was built
+	rm -rf $(VENV) $(OUT) build dist

@@ -10,6 +10,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
+from malora.basis import basis_digest, load_basis
+
 RouterInput = Literal["hidden", "basis"]
 
 Coefficients = Literal["learned", "identity", "block"]
@@ -110,6 +112,17 @@ class MaloraConfig(PeftConfig):
         del fields["basis_path"]
         # A set's order changes from run to run; a saved file should not.
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, with the digest of the basis that lies beside it.
+
+        PEFT writes an adapter's weights first, so they are there to be read.
+        """
+        try:
+            self.basis_digest = basis_digest(load_basis(save_directory))
+        except ValueError:
+            self.basis_digest = None  # the configuration is saved by itself
+        super().save_pretrained(save_directory, **kwargs)
 
     def shape_of(self, module_path: str) -> LinearShape:
         """The rank, basis rows and scaling of the linear at `module_path` of the base model.

@@ -392,11 +392,21 @@ def _check_base(
     if config.target_modules is None:
         return
     for path in base.linears:
-        if path not in linears and check_target_module_exists(config, path):
+        if path not in linears and _targets(config, path):
             raise AdapterFormatError(
                 "adapter_tensor_missing",
                 f"Field target_modules names {path}, but {WEIGHTS_NAME} has no tensors for it.",
             )
+
+
+def _targets(config: MaloraConfig, path: str) -> bool:
+    try:
+        return bool(check_target_module_exists(config, path))
+    except re.error as error:
+        raise AdapterFormatError(
+            "adapter_config_invalid",
+            f"Field target_modules or exclude_modules is a malformed expression: {error}.",
+        ) from error
 
 
 def shape_of(config: MaloraConfig, path: str) -> LinearShape:

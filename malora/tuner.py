@@ -118,20 +118,6 @@ class MaloraModel(BaseTuner):
             hook.remove()
         return super().unload()
 
-    @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        # PEFT gathers the tensors here just before it writes the configuration.
-        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(*args, **kwargs)
-        suffix = f".{bases.BASIS_NAME}.{kwargs['adapter_name']}"
-        kwargs["config"].basis_digest = bases.basis_digest(
-            {
-                name.removeprefix(bases.PEFT_PREFIX).removesuffix(suffix): tensor
-                for name, tensor in tensors.items()
-                if name.endswith(suffix)
-            }
-        )
-        return tensors
-
     def _start_record(self, module: nn.Module, _: tuple[Any, ...]) -> None:
         self._record.logits.clear()
         self._record.active = module.training and torch.is_grad_enabled()
@@ -149,7 +135,7 @@ class MaloraModel(BaseTuner):
             return (output[0] + loss * _accumulation_weight(labels, kwargs), *output[1:])
         if getattr(output, "log_probs", None) is not None:
             # TRL's trainers make their own loss of these, and know nothing of ours.
-            output.log_probs = _CarryLoss.apply(output.log_probs, loss)
+            output.log_probs = CarryLoss.apply(output.log_probs, output.label_mask, loss)
         if output.loss is not None:
             output.loss = output.loss + loss * _accumulation_weight(labels, kwargs)
         return output
@@ -210,20 +196,25 @@ def _accumulation_weight(labels: Tensor, kwargs: dict[str, Any]) -> Tensor | flo
     return (counted != -100).sum() / total
 
 
-class _CarryLoss(torch.autograd.Function):
+class CarryLoss(torch.autograd.Function):
     """Passes per-token log-probabilities on, and hands a second loss its gradient in backward.
 
-    A loss that averages -log_probs has gradients -1/items, so the sum of their sizes is exactly
-    the share of the step that this micro-batch is, whatever scales the loss on the way.
+    A loss that averages -log_probs gives each token the gradient -1/items, so the sizes of the
+    predicted tokens' gradients sum to the share of the step that this micro-batch is, whatever
+    scales the loss on the way.
     """
 
     @staticmethod
-    def forward(_ctx: Any, log_probs: Tensor, _loss: Tensor) -> Tensor:
+    def forward(ctx: Any, log_probs: Tensor, mask: Tensor, _loss: Tensor) -> Tensor:
+        """log_probs and mask: (batch, tokens), the mask true for predicted tokens; loss: ()."""
+        ctx.save_for_backward(mask)
         return log_probs.view_as(log_probs)
 
     @staticmethod
-    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients[0], gradients[0].abs().sum()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        """The log-probabilities' gradient untouched, and the second loss's."""
+        (mask,) = ctx.saved_tensors
+        return gradients[0], None, (gradients[0].abs() * mask).sum()
 
 
 def register() -> None:

@@ -47,7 +47,8 @@ def _gates(token: Tensor, z: Tensor, linear: AdaptedLinear) -> Tensor:
     logits = linear.router.double() @ (token if linear.router_input == "hidden" else z)
     probabilities = torch.exp(logits - logits.max())
     probabilities = probabilities / probabilities.sum()
-    chosen = sorted(range(len(probabilities)), key=lambda t: -float(probabilities[t]))
+    likelihoods = probabilities.tolist()
+    chosen = sorted(range(len(likelihoods)), key=lambda t: -likelihoods[t])
     kept = torch.zeros_like(probabilities)
     kept[chosen[: linear.top_k]] = 1.0
     return probabilities * kept / (probabilities * kept).sum()

@@ -1,0 +1,123 @@
+"""Around every request: its id, its log line, its metrics, and the limit on its body (ASGI)."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import deque
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from malora_server.api.errors import ApiError, internal_error
+from malora_server.api.state import RequestRecord
+from malora_server.api.streaming import CLIENT_CLOSED_REQUEST
+from malora_server.metrics import Metrics
+
+logger = logging.getLogger("malora_server.requests")
+
+MAX_BODY_BYTES = 8 * 2**20
+_MAX_ID_LENGTH = 128
+_PROBES = frozenset({"/health", "/metrics"})
+
+
+class RequestContext:
+    """Gives a request its id, answers what nobody caught, and logs and counts it at its end."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection (ASGI)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(_request_id(Headers(scope=scope)))
+        scope.setdefault("state", {})["record"] = record
+        started = time.perf_counter()
+        status: int | None = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            fields = {"request_id": record.request_id}
+            logger.exception("a request failed", extra={"fields": fields})
+            if status is not None:
+                # Too late for an error object: the server closes the connection.
+                raise
+            await internal_error().response()(scope, receive, send_with_id)
+        finally:
+            if record.disconnected or status is None:
+                status = CLIENT_CLOSED_REQUEST
+            path = getattr(scope.get("route"), "path", None)
+            self._metrics.http_request(scope["method"], path, status)
+            _log(scope, record, status, time.perf_counter() - started)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    if 0 < len(given) <= _MAX_ID_LENGTH and given.isascii() and given.isprintable():
+        return given
+    return uuid.uuid4().hex
+
+
+def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
+    fields = {
+        "request_id": record.request_id,
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "model": record.model,
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
+        "duration_seconds": round(seconds, 4),
+    }
+    level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
+    logger.log(level, "request", extra={"fields": fields})
+
+
+class BodyLimit:
+    """Reads a request's body up to a limit, and refuses one that exceeds it."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection (ASGI)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        too_large = declared.isdecimal() and int(declared) > self._max_bytes
+        read: deque[Message] = deque()
+        size = 0
+        while not too_large:
+            message = await receive()
+            read.append(message)
+            size += len(message.get("body", b""))
+            too_large = size > self._max_bytes
+            if not message.get("more_body", False):
+                break
+        if too_large:
+            error = ApiError(
+                413,
+                f"The body exceeds {self._max_bytes} bytes.",
+                headers={"Connection": "close"},
+            )
+            await error.response()(scope, receive, send)
+            return
+
+        async def replay() -> Message:
+            return read.popleft() if read else await receive()
+
+        await self._app(scope, replay, send)

@@ -1,0 +1,138 @@
+"""The bodies of requests: OpenAI's fields, with vLLM's extensions. null means the default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+_INT64 = 2**63
+
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+def _token_keys(value: Any) -> Any:
+    # JSON's keys are strings; a dict whose keys are no integers is left for the type to refuse.
+    if isinstance(value, dict) and all(isinstance(key, str) and key.isdecimal() for key in value):
+        return {int(key): bias for key, bias in value.items()}
+    return value
+
+
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_token_keys)
+]
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields, wrong types, NaN and infinity."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class StreamOptions(Strict):
+    """What a stream adds to its chunks."""
+
+    include_usage: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """The form of the reply: free text."""
+
+    type: Literal["text"]
+
+
+class GenerationRequest(Strict):
+    """The fields that completions and chat share."""
+
+    model: str
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    ignore_eos: bool | None = None
+    include_routing: bool | Literal["layers"] | None = None
+    include_stop_str_in_output: bool | None = None
+    logit_bias: LogitBias | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    min_tokens: int | None = Field(None, ge=0)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    response_format: ResponseFormat | None = None
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    skip_special_tokens: bool | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: TokenIds | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_k: int | None = Field(None, ge=-1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("value_error", "stream_options need stream: true")
+        return self
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    add_special_tokens: bool | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0)
+    suffix: Literal[""] | None = None
+
+
+class TextPart(Strict):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    add_special_tokens: bool | None = None
+    logprobs: bool | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
+    top_logprobs: int | None = Field(None, ge=0)
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: a prompt, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds

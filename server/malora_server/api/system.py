@@ -1,0 +1,34 @@
+"""GET /health, /metrics and /version."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+
+from malora_server.api.errors import ApiError
+from malora_server.api.state import Server
+from malora_server.api.streaming import encode_json
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(server: Server) -> Response:
+    """200 while the engine lives, else 503."""
+    if not server.engine.healthy:
+        raise ApiError(503, "The engine has stopped.", code="engine_dead")
+    return Response(encode_json({"status": "ok"}), media_type="application/json")
+
+
+@router.get("/metrics")
+async def metrics(server: Server) -> Response:
+    """Prometheus' text format."""
+    return Response(server.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+@router.get("/version")
+async def get_version() -> Response:
+    """The server's version."""
+    return Response(encode_json({"version": version("malora")}), media_type="application/json")

@@ -1,0 +1,142 @@
+"""Text to token ids and back, for prompts and for the words of log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer as Backend
+
+from malora_server.api.errors import ApiError
+from malora_server.api.protocol import ChatMessage
+from malora_server.settings import StartError
+
+_LONG_TEXT = 4096
+"""Characters from which encoding would hold up the other requests' streams."""
+_GENERIC_CLASSES = {"TokenizersBackend", "PreTrainedTokenizerFast"}
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    # Byte-level BPE writes printable Latin-1 bytes as themselves, the rest from U+0100 on.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return alphabet
+
+
+class Tokenizer:
+    """The base model's tokenizer and chat template."""
+
+    _alphabet: ClassVar[dict[str, int]] = _byte_level_alphabet()
+
+    def __init__(self, pretrained: Any) -> None:
+        """`pretrained` is a fast tokenizer of transformers."""
+        self._pretrained = pretrained
+        self.backend: Backend = pretrained.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self._texts: dict[int, str] = {}
+        # Beside this token a token decodes as it does inside a text.
+        self._anchor = self.backend.encode("a", add_special_tokens=False).ids[-1:]
+        self._anchor_length = len(self.backend.decode(self._anchor, False))
+
+    @classmethod
+    def load(cls, base: str) -> Tokenizer:
+        """The tokenizer of the model at `base`, a folder or a Hub id; StartError without one."""
+        try:
+            pretrained = _pretrained_class(base).from_pretrained(base)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise StartError(
+                f"no base model with a tokenizer at {base!r}; --base wants a folder or a Hub id "
+                f"({reason})"
+            ) from None
+        if not pretrained.is_fast:
+            raise StartError(f"the tokenizer of {base!r} has no tokenizer.json; convert it first")
+        return cls(pretrained)
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids; long texts are encoded beside the event loop."""
+        if len(text) > _LONG_TEXT:
+            return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        return self._encode(text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """All tokens at once."""
+        return self.backend.decode(token_ids, skip_special_tokens)
+
+    def render_chat(self, messages: list[ChatMessage]) -> str:
+        """The conversation as a prompt that asks for the assistant's turn."""
+        if not self._pretrained.chat_template:
+            raise ApiError(
+                400,
+                "The base model has no chat template; use /v1/completions.",
+                code="chat_template_missing",
+                param="messages",
+            )
+        plain = [
+            {
+                "role": message.role,
+                "content": message.content
+                if isinstance(message.content, str)
+                else "".join(part.text for part in message.content),
+                **({"name": message.name} if message.name is not None else {}),
+            }
+            for message in messages
+        ]
+        try:
+            prompt: str = self._pretrained.apply_chat_template(
+                plain, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ApiError(
+                400,
+                f"The chat template refuses these messages: {error}.",
+                code="chat_template_refused",
+                param="messages",
+            ) from None
+        return prompt
+
+    def token_text(self, token_id: int) -> str:
+        """One token as it reads inside a text; U+FFFD where it is part of a character."""
+        text = self._texts.get(token_id)
+        if text is None:
+            both = self.backend.decode([*self._anchor, token_id], False)
+            text = self._texts[token_id] = both[self._anchor_length :]
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's UTF-8 bytes, also where they are only part of a character."""
+        text = self.token_text(token_id)
+        piece = self.backend.id_to_token(token_id)
+        if "\ufffd" not in text or piece is None:
+            return text.encode()
+        if match := _BYTE_TOKEN.fullmatch(piece):
+            return bytes.fromhex(match[1])
+        if all(character in self._alphabet for character in piece):
+            return bytes(self._alphabet[character] for character in piece)
+        return text.encode()
+
+
+def _pretrained_class(base: str) -> Any:
+    # AutoTokenizer imports torch, which the API process has no other use for and which takes
+    # seconds; a folder whose config names the generic class needs no look-up.
+    config = Path(base) / "tokenizer_config.json"
+    if config.is_file():
+        named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+        if named in _GENERIC_CLASSES and config.with_name("tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer

@@ -1,0 +1,167 @@
+"""The API process: builds the application, starts the engine, serves, and drains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from malora_server.api import chat, completions, models, system, tokenize
+from malora_server.api.errors import install_error_handlers
+from malora_server.api.middleware import BodyLimit, RequestContext
+from malora_server.api.registry import ModelRegistry
+from malora_server.api.state import Admission, ServerState
+from malora_server.api.tokenizer import Tokenizer
+from malora_server.engine.client import EngineClient, EngineStartError
+from malora_server.engine.config import EngineConfig
+from malora_server.logs import configure_logging
+from malora_server.metrics import Metrics
+from malora_server.settings import Settings, StartError, parse_settings
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than usual load balancers keep a connection, so that it is they who close it."""
+_GRACE_SECONDS = 5
+"""For the last replies to leave, after the engine has ended what was still running."""
+
+
+def create_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) -> FastAPI:
+    """The ASGI application over a started engine; StartError where names clash."""
+    metrics = Metrics(lambda: engine.stats)
+    app = FastAPI(title="malora")
+    app.state.server = ServerState(
+        settings=settings,
+        engine=engine,
+        tokenizer=tokenizer,
+        registry=ModelRegistry(settings.base_name, engine.ready.adapters),
+        metrics=metrics,
+        admission=Admission(engine, settings.max_num_seqs, settings.max_queued_requests),
+    )
+    install_error_handlers(app)
+    for module in (completions, chat, models, tokenize, system):
+        app.include_router(module.router)
+    app.add_middleware(BodyLimit)
+    # Added last, so it is the outermost: it sees every reply.
+    app.add_middleware(RequestContext, metrics=metrics)
+    return app
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    """The settings that are the engine's."""
+    return EngineConfig(
+        base=settings.base,
+        adapters=None if settings.adapters is None else str(settings.adapters),
+        dtype=settings.dtype,
+        device=settings.device,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        block_size=settings.block_size,
+        kv_cache_memory=settings.kv_cache_memory,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        num_threads=settings.num_threads,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, which at its end gives the engine a time to finish what runs.
+
+    What is not finished by then the engine aborts, and the client gets an error object.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to `serve`, which handles them from before the engine starts."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, drain, end the engine."""
+        logger.info("draining for up to %g s", self._drain_seconds)
+        draining = asyncio.create_task(self._engine.stop(self._drain_seconds))
+        await super().shutdown(sockets)
+        await draining
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; StartError where the address can't be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise StartError(f"can't listen on {host}:{port}: {reason}") from None
+    return listener
+
+
+async def serve(settings: Settings, tokenizer: Tokenizer, listener: socket.socket) -> None:
+    """Start the engine and serve until SIGTERM or SIGINT; EngineStartError, StartError."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, task.cancel)
+    engine = await EngineClient.start(engine_config(settings), settings.log_level)
+    try:
+        config = uvicorn.Config(
+            create_app(settings, engine, tokenizer),
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + _GRACE_SECONDS,
+        )
+        server = DrainingServer(config, engine, settings.shutdown_timeout)
+    except BaseException:
+        await engine.stop(0)
+        raise
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, server.handle_exit, number, None)
+    port = listener.getsockname()[1]
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    logger.info("serving %s on http://%s:%d", settings.base_name, host, port)
+    await server.serve(sockets=[listener])
+
+
+def main(argv: list[str]) -> None:
+    """`malora serve`: exits 0 after a drain, 2 with one line on stderr where it can't start."""
+    try:
+        settings = parse_settings(argv)
+        configure_logging(settings.log_level)
+        tokenizer = Tokenizer.load(settings.base)
+        with (
+            listen(settings.host, settings.port) as listener,
+            contextlib.suppress(asyncio.CancelledError),
+        ):
+            uvloop.run(serve(settings, tokenizer, listener))
+    except (StartError, EngineStartError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

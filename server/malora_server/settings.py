@@ -1,0 +1,119 @@
+"""The server's settings: every field is a flag of `malora serve` and a `MALORA_` variable."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ByteSize, Field, PositiveInt, ValidationError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+
+EMBEDDED_BASE_NAME = "malora-base"
+
+
+class StartError(Exception):
+    """The server can't start; the message is one sentence for the person who started it."""
+
+
+def embedded_base() -> str:
+    """Path of the base model that ships with the package."""
+    return str(import_module("malora.base_model").PATH)
+
+
+class Settings(BaseSettings):
+    """Serve MALoRA, LoRA, MoLoRA and HydraLoRA adapters together on one base model."""
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        env_prefix="MALORA_",
+        extra="forbid",
+        validate_default=False,
+        cli_prog_name="malora serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_exit_on_error=False,
+    )
+
+    base: str = Field(
+        default_factory=embedded_base,
+        description="Folder or Hub id of the base model; left out, the small one that ships along.",
+    )
+    served_model_name: str | None = Field(
+        None,
+        min_length=1,
+        description="Name that requests give the base model; left out, the last part of --base.",
+    )
+    adapters: Path | None = Field(
+        None, description="Folder whose subfolders are adapters, each served under its own name."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision; auto is float32 on the CPU, the checkpoint's on CUDA."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs; auto is CUDA where there is a device."
+    )
+    max_model_len: PositiveInt | None = Field(
+        None, description="Longest prompt plus reply, in tokens; left out, the model's own limit."
+    )
+    max_num_seqs: PositiveInt = Field(256, description="Most sequences that run in one step.")
+    max_num_batched_tokens: PositiveInt = Field(
+        2048, description="Most tokens in one step, prompt chunks and new tokens together."
+    )
+    block_size: PositiveInt = Field(16, description="Tokens in one block of the KV cache.")
+    kv_cache_memory: ByteSize | None = Field(
+        None, description="Memory for the KV cache, such as 4GiB; left out, the engine chooses."
+    )
+    enable_prefix_caching: bool = Field(
+        True, description="Reuse the keys and values of prompts that begin alike."
+    )
+    max_queued_requests: PositiveInt = Field(
+        1024, description="Most sequences that wait for a place; further requests get a 429."
+    )
+    max_logprobs: int = Field(
+        20, ge=0, description="Most alternatives a request may ask for beside each token."
+    )
+    shutdown_timeout: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that requests in flight have to finish after SIGTERM.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log lines to write."
+    )
+    num_threads: PositiveInt | None = Field(
+        None, description="Threads for work on the CPU; left out, one for each core."
+    )
+
+    @property
+    def base_name(self) -> str:
+        """The name requests give the base model."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        if "base" not in self.model_fields_set:
+            return EMBEDDED_BASE_NAME
+        return Path(self.base).name or Path(self.base).resolve().name
+
+
+def parse_settings(argv: list[str]) -> Settings:
+    """Settings from flags, then `MALORA_` variables, then defaults; StartError on a bad one.
+
+    `--help` prints and raises SystemExit(0).
+    """
+    try:
+        return CliApp.run(Settings, cli_args=argv)
+    except ValidationError as error:
+        raise StartError(_sentence(error.errors()[0])) from None
+    except SettingsError as error:
+        raise StartError(str(error).removeprefix("error parsing CLI: ").splitlines()[0]) from None
+
+
+def _sentence(error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    name = field.replace("_", "-")
+    if error["type"] == "extra_forbidden":
+        return f"--{name} is not a setting; see malora serve --help"
+    return f"--{name} (or MALORA_{field.upper()}): {error['msg']}, got {error['input']!r}"

@@ -59,7 +59,8 @@ ADJECTIVES = (
 JOBS = (
     "accountant actor architect artist baker carpenter chef clerk dentist designer doctor driver "
     "editor engineer farmer gardener judge lawyer librarian manager mechanic musician nurse "
-    "painter photographer pilot plumber professor sailor scientist singer tailor teacher translator writer"
+    "painter photographer pilot plumber professor sailor scientist singer tailor teacher"
+    " translator writer"
 ).split()
 COMPANIES = (
     "Acorn Works|Alpine Foods|Amber Bank|Atlas Freight|Blue Harbor|Bright Energy|Cedar Press|"

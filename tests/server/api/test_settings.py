@@ -1,5 +1,8 @@
 """Settings from flags and from the environment."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from malora_server.app import engine_config
@@ -39,7 +42,8 @@ def test_the_name_of_the_base_model(argv: list[str], name: str) -> None:
 
 
 def test_the_base_model_that_ships_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("malora.base_model.PATH", "somewhere", raising=False)
+    package = SimpleNamespace(PATH="somewhere")
+    monkeypatch.setitem(sys.modules, "malora.base_model", package)
     settings = parse_settings([])
     assert (settings.base, settings.base_name) == ("somewhere", "malora-base")
 

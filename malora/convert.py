@@ -105,10 +105,10 @@ def from_lora(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Con
     config = _family_config(document, num_experts=1, top_k=1, coefficients="identity")
     linears = {}
     for path, parts in _grouped(tensors, PEFT_PREFIX, ("lora_A.weight", "lora_B.weight")).items():
-        up = _matrix(path, parts, "lora_B.weight")
-        linears[path] = _linear(
-            config, path, _matrix(path, parts, "lora_A.weight"), up.unsqueeze(0), None
-        )
+        r = shape_of(config, path).r
+        basis = _matrix(path, parts, "lora_A.weight", rows=r)
+        up = _matrix(path, parts, "lora_B.weight", columns=r)
+        linears[path] = _linear(config, path, basis, up.unsqueeze(0), None)
     return config, linears
 
 
@@ -123,10 +123,11 @@ def from_hydralora(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     wanted = ("lora_A.weight", *names, "lora_route.weight")
     linears = {}
     for path, parts in _grouped(tensors, PEFT_PREFIX, wanted).items():
-        ups = _alike(path, [_matrix(path, parts, name) for name in names])
-        basis = _matrix(path, parts, "lora_A.weight")
+        r = shape_of(config, path).r
+        basis = _matrix(path, parts, "lora_A.weight", rows=r)
+        ups = _alike(path, [_matrix(path, parts, name, columns=r) for name in names])
         # With one expert the softmax is 1 whatever the router says.
-        router = _matrix(path, parts, "lora_route.weight") if experts > 1 else None
+        router = _matrix(path, parts, "lora_route.weight", rows=experts) if experts > 1 else None
         linears[path] = _linear(config, path, basis, torch.stack(ups), router)
     return config, linears
 
@@ -144,11 +145,13 @@ def from_molora(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
     grouped = _grouped(tensors, "mola.", ("moe_gate.weight", *downs, *ups))
     linears = {}
     for path, parts in grouped.items():
-        basis = torch.cat(_alike(path, [_matrix(path, parts, name) for name in downs]))
-        up = torch.stack(_alike(path, [_matrix(path, parts, name) for name in ups]))
-        router = _matrix(path, parts, "moe_gate.weight") if experts > 1 else None
         # MoE-PEFT counts layers from the decoder, whose name in transformers is "model".
-        linears[f"model.{path}"] = _linear(config, f"model.{path}", basis, up, router)
+        target = f"model.{path}"
+        r = shape_of(config, target).r
+        basis = torch.cat(_alike(path, [_matrix(path, parts, name, rows=r) for name in downs]))
+        up = torch.stack(_alike(path, [_matrix(path, parts, name, columns=r) for name in ups]))
+        router = _matrix(path, parts, "moe_gate.weight", rows=experts) if experts > 1 else None
+        linears[target] = _linear(config, target, basis, up, router)
     return config, linears
 
 
@@ -244,11 +247,20 @@ def _grouped(
     return groups
 
 
-def _matrix(path: str, parts: Mapping[str, Tensor], name: str) -> Tensor:
-    if parts[name].ndim != 2:
+def _matrix(
+    path: str,
+    parts: Mapping[str, Tensor],
+    name: str,
+    *,
+    rows: int | None = None,
+    columns: int | None = None,
+) -> Tensor:
+    shape = tuple(parts[name].shape)
+    if len(shape) != 2 or rows not in (None, shape[0]) or columns not in (None, shape[1]):
         raise AdapterFormatError(
             "adapter_shape_mismatch",
-            f"Tensor {path}.{name} has shape {tuple(parts[name].shape)}, but should be a matrix.",
+            f"Tensor {path}.{name} has shape {shape}, but should be a matrix of "
+            f"{rows or 'any number of'} rows and {columns or 'any number of'} columns.",
         )
     return parts[name]
 

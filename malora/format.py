@@ -16,10 +16,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from malora.basis import BASIS_NAME, PEFT_PREFIX, basis_digest, tensor_digest
 from malora.config import LinearShape, MaloraConfig, RouterInput
@@ -31,6 +30,7 @@ from malora.files import (
     open_weights,
     read_config,
 )
+from malora.spec import BaseModelSpec
 
 __all__ = [
     "AdaptedLinear",
@@ -38,7 +38,6 @@ __all__ = [
     "AdapterFormatError",
     "BaseModelSpec",
     "RouterInput",
-    "base_model_fingerprint",
     "load_adapter",
     "save_adapter",
 ]
@@ -125,69 +124,6 @@ class Adapter:
                 num_parameters += tensor.numel()
                 num_bytes += tensor.nbytes
         return cls(config, dict(linears), digest.hexdigest(), num_parameters, num_bytes)
-
-
-@dataclass(frozen=True)
-class BaseModelSpec:
-    """What an adapter must fit: the sizes (in, out) of a base model's linears, and which it is."""
-
-    name: str
-    linears: dict[str, tuple[int, int]]
-    fingerprint: str
-
-    @classmethod
-    def from_model(cls, model: nn.Module) -> BaseModelSpec:
-        """Describe a transformers model that has its weights, and no adapters on it.
-
-        Raises ValueError for a model whose weights are not there to be recognised by.
-        """
-        fingerprint = base_model_fingerprint(model)
-        if fingerprint is None:
-            raise ValueError(
-                f"A {type(model).__name__} cannot be recognised as a base model: it needs a "
-                "transformers configuration and loaded input embeddings."
-            )
-        linears = {
-            path: (module.in_features, module.out_features)
-            for path, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        name = getattr(model, "name_or_path", "") or type(model).__name__
-        return cls(name, linears, fingerprint)
-
-
-def base_model_fingerprint(model: nn.Module) -> str | None:
-    """sha256, in hex, that tells base models apart; None for a model that has no such marks.
-
-    Covers the sizes in the configuration, the first 8 embedding rows and the norm weights. It is
-    the same whether bfloat16 weights are loaded as bfloat16 or float32, with adapters or without.
-    """
-    known: Any = model
-    config = getattr(known, "config", None)
-    if config is None or not hasattr(known, "get_input_embeddings"):
-        return None
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    weight = getattr(known.get_input_embeddings(), "weight", None)
-    if weight is None or weight.ndim != 2 or weight.is_meta:
-        return None
-    sizes = {
-        name: getattr(text, name, None)
-        for name in (
-            "model_type",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        )
-    }
-    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
-    norms = (p for name, p in model.named_parameters() if p.ndim == 1 and name.endswith(".weight"))
-    for tensor in (weight[:8], *norms):
-        # bfloat16 is what both a float32 and a bfloat16 load can be brought to without loss.
-        digest.update(tensor_digest(tensor.detach().to("cpu", torch.bfloat16)).encode())
-    return digest.hexdigest()
 
 
 def load_adapter(

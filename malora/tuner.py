@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from malora import basis as bases
 from malora.config import DEFAULT_TARGET_MODULES, MaloraConfig
-from malora.format import base_model_fingerprint
 from malora.layer import MERGE_REFUSED, MaloraLinear, RoutingRecord
 from malora.router import load_balancing_loss
+from malora.spec import base_model_fingerprint
 
 
 class MaloraModel(BaseTuner):
@@ -36,6 +36,10 @@ class MaloraModel(BaseTuner):
             model.register_forward_pre_hook(self._start_record),
             model.register_forward_hook(self._add_auxiliary_loss, with_kwargs=True),
         )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model as a module, since some versions of PEFT skip its hooks."""
+        return self.model(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kw: Any) -> None:
         """Put an adapter on the model, as PEFT does, after checking that it is meant for it.

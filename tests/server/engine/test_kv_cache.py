@@ -1,6 +1,7 @@
 import itertools
 
 import pytest
+
 from malora_server.engine.kv_cache import BlockManager
 from malora_server.engine.messages import SamplingParams, Submit
 from malora_server.engine.sequence import Sequence

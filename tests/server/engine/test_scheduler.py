@@ -11,6 +11,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+
 from malora_server.engine.kv_cache import BlockManager
 from malora_server.engine.messages import SamplingParams, Submit
 from malora_server.engine.scheduler import Chunk, Scheduler
@@ -107,12 +108,13 @@ def test_the_last_in_order_is_preempted_and_goes_on_where_it_was():
     assert (last.block_table, last.num_computed_tokens) == ([], 0)
     assert (last.num_preemptions, engine.scheduler.num_preemptions) == (1, 1)
     assert last.token_ids == [*range(10, 17), 50, 51]
-    while engine.scheduler.num_running and first.status is Status.RUNNING:
+    for _ in range(3):
         engine.step(token=53)
+    assert first.status is Status.FINISHED
     # Its first block was left alone, so that the rest is all there is to compute.
     assert engine.step(token=54) == [("last", 4, 5)]
     assert last.num_cached_tokens == 0
-    while engine.scheduler.has_work:
+    for _ in range(3):
         engine.step(token=55)
     assert last.token_ids == [*range(10, 17), 50, 51, 54, 55, 55, 55]
     assert engine.manager.num_free_blocks == 4
@@ -134,6 +136,15 @@ def test_a_shared_prefix_is_computed_once():
     engine.add("same", range(10), digest="x")
     engine.add("other", range(10), digest="y")
     assert engine.step() == [("a", 10, 1), ("same", 8, 2), ("other", 0, 10)]
+
+
+def test_what_an_aborted_prompt_did_not_compute_is_not_found():
+    engine = Engine(max_num_batched_tokens=8)
+    engine.add("cut short", range(16))
+    engine.step()
+    engine.scheduler.abort("cut short")
+    engine.add("same", range(16))
+    assert engine.step() == [("same", 8, 8)]
 
 
 def test_refuses_what_could_outgrow_the_cache():

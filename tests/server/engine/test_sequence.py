@@ -1,4 +1,5 @@
 import pytest
+
 from malora_server.engine.messages import SamplingParams, Submit
 from malora_server.engine.sequence import Sequence
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 128
@@ -12,9 +12,20 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 _INT64 = 2**63
 
+
+def _whole_characters(text: str) -> str:
+    # JSON can spell half of a surrogate pair, which no encoding can write.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("value_error", "Input has half a surrogate pair") from None
+    return text
+
+
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
+Text = Annotated[str, AfterValidator(_whole_characters)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -53,7 +64,7 @@ class ResponseFormat(Strict):
 class GenerationRequest(Strict):
     """The fields that completions and chat share."""
 
-    model: str
+    model: Text
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     ignore_eos: bool | None = None
     include_routing: bool | Literal["layers"] | None = None
@@ -76,7 +87,7 @@ class GenerationRequest(Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_k: int | None = Field(None, ge=-1)
     top_p: float | None = Field(None, gt=0, le=1)
-    user: str | None = None
+    user: Text | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
@@ -88,7 +99,7 @@ class GenerationRequest(Strict):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    prompt: Text | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     add_special_tokens: bool | None = None
     best_of: int | None = None
     echo: bool | None = None
@@ -100,15 +111,15 @@ class TextPart(Strict):
     """A piece of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -124,8 +135,8 @@ class ChatCompletionRequest(GenerationRequest):
 class TokenizeRequest(Strict):
     """POST /tokenize: a prompt, or a conversation."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -134,5 +145,5 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
-    model: str | None = None
+    model: Text | None = None
     tokens: TokenIds

@@ -127,16 +127,20 @@ class EventStream(Response):
         self._writer = writer
         self._record = record
         self._with_usage = with_usage
+        self._ending = b""
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream (ASGI)."""
-        if not await run_until_disconnect(receive, lambda: self._send(send)):
+        if await run_until_disconnect(receive, lambda: self._send_chunks(send)):
+            # Sent when nobody watches any more: a complete reply looks like a disconnect.
+            body = self._ending + _DONE
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+        else:
             self._record.disconnected = True
 
-    async def _send(self, send: Send) -> None:
+    async def _send_chunks(self, send: Send) -> None:
         chunk = self._writer.chunk
         started = False
-        ending = b""
         try:
             async with aclosing(self._generation.batches()) as batches:
                 async for batch in batches:
@@ -154,7 +158,7 @@ class EventStream(Response):
                         )
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             if self._with_usage:
-                ending = self._writer.usage_chunk(self._generation.usage())
+                self._ending = self._writer.usage_chunk(self._generation.usage())
         except Exception as error:
             if not started:
                 raise
@@ -162,5 +166,4 @@ class EventStream(Response):
                 fields = {"request_id": self._record.request_id}
                 logger.exception("a stream failed", extra={"fields": fields})
                 error = internal_error()
-            ending = event(error.body())
-        await send({"type": "http.response.body", "body": ending + _DONE, "more_body": False})
+            self._ending = event(error.body())

@@ -18,6 +18,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5) -> None:
         time.sleep(0.005)
 
 
+def logged_statuses(caplog: pytest.LogCaptureFixture) -> list[int]:
+    records = [r for r in caplog.records if r.name == "malora_server.requests"]
+    return [record.__dict__["fields"]["status"] for record in records]
+
+
 def _post(url: str, path: str, body: dict[str, Any]) -> socket.socket:
     parts = urlsplit(url)
     connection = socket.create_connection((parts.hostname, parts.port))
@@ -46,17 +51,23 @@ def test_its_sequences_are_aborted(
     connection.close()
     wait_for(lambda: len(engine.aborted) == n)
     assert sorted(engine.aborted) == sorted(submit.request_id for submit in engine.submits)
-
-    def logged() -> list[int]:
-        records = [r for r in caplog.records if r.name == "malora_server.requests"]
-        return [record.__dict__["fields"]["status"] for record in records]
-
-    wait_for(lambda: logged() == [499])
+    wait_for(lambda: logged_statuses(caplog) == [499])
     assert caplog.text.count("Traceback") == 0
     # Its place is free again, and the neighbours are unharmed.
     engine.num_until_blocked = None
     reply = httpx.post(f"{url}/v1/completions", json={**body, "n": 12, "stream": False})
     assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_that_stays_to_the_end_is_none(
+    url: str, engine: Any, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    body = {"model": "tiny", "prompt": "a fox", "max_tokens": 3, "stream": stream}
+    httpx.post(f"{url}/v1/completions", json=body)
+    wait_for(lambda: logged_statuses(caplog) == [200])
+    assert engine.aborted == []
 
 
 def test_one_that_leaves_while_sending_its_body(url: str, engine: Any) -> None:

@@ -77,6 +77,7 @@ def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
         ("stream", "yes", "stream"),
         ("stream_options", {"include_usage": True}, None),
         ("prompt", "", "prompt"),
+        ("prompt", "\ud800", "prompt"),
         ("prompt", [], "prompt"),
         ("prompt", ["a", ""], "prompt"),
         ("prompt", [[]], "prompt"),
@@ -86,6 +87,7 @@ def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
         ("prompt", None, "prompt"),
         ("model", None, "model"),
         ("model", 3, "model"),
+        ("model", "\ud800", "model"),
     ],
 )
 async def test_a_bad_value_names_its_field(

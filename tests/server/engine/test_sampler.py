@@ -298,6 +298,22 @@ def test_uniforms_are_uniform_and_unrelated_between_seeds_and_positions():
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / 199
 
 
+def test_one_seed_is_not_another_one_shifted():
+    seeds = np.array([5, 5 + 0x9E3779B97F4A7C15], dtype=np.uint64)
+    first, second = sampler_module._uniforms(seeds, np.array([9, 8]))
+    assert first != second
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize("limit", [{}, {"top_p": 0.9}, {"min_p": 1e-6}])
+def test_the_ends_of_the_uniforms_stay_inside_what_is_allowed(monkeypatch, uniform, limit):
+    logits = random_logits(1, seed=19)
+    logits[0, [0, 1, VOCAB - 1]] = -torch.inf
+    monkeypatch.setattr(sampler_module, "_uniforms", lambda seeds, _: np.full(len(seeds), uniform))
+    token = Sampler().sample(logits, [make(temperature=1.0, **limit)]).token_ids[0]
+    assert logits[0, token].isfinite()
+
+
 def test_logprobs_are_of_the_logits_as_they_came():
     logits = random_logits(4, seed=13)
     seqs = [

@@ -1,10 +1,28 @@
 """Mixtures of asymmetric LoRA experts (MALoRA, arXiv 2410.22782): training, format, kernels.
 
-Importing this package registers the method with PEFT, so that `get_peft_model`,
-`PeftModel.from_pretrained` and the trainers built on them know it.
+`from malora import MaloraConfig` (or `import malora.tuner`) registers the method with PEFT, so that
+`get_peft_model`, `PeftModel.from_pretrained` and the trainers built on them know it. Importing the
+bare package costs nothing: the command line and the API process need no torch to start.
 """
 
-from malora.config import MaloraConfig
-from malora.tuner import MaloraModel
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from malora.config import MaloraConfig
+    from malora.tuner import MaloraModel
 
 __all__ = ["MaloraConfig", "MaloraModel"]
+
+# Threads that spin while they wait take the core that another process needs, and then wait for it
+# a scheduler's slice at a time: one busy neighbour made small products 25 times slower. Read by
+# the OpenMP runtime when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from malora import config, tuner
+
+    return getattr(config if name == "MaloraConfig" else tuner, name)

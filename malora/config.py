@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -95,6 +96,8 @@ class MaloraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A configuration is of no use before PEFT knows the method.
+        importlib.import_module("malora.tuner")
         self.peft_type = PeftType("MALORA")
         self._check_types()
         self._check_values()

@@ -1,6 +1,8 @@
 """The method as PEFT and the trainers built on it see it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -351,3 +353,12 @@ def test_trl_sft_trainer_trains_it_and_balances_it(tiny_base: Path, tmp_path: Pa
     for their, our, unbalanced in zip(theirs, ours, without, strict=True):
         torch.testing.assert_close(their, our)
         assert not torch.allclose(our, unbalanced)
+
+
+def test_importing_the_bare_package_is_cheap_and_a_configuration_registers_the_method() -> None:
+    code = (
+        "import sys, malora; assert 'torch' not in sys.modules; "
+        "from malora.config import MaloraConfig; print(MaloraConfig().peft_type.value)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "MALORA"

@@ -1,0 +1,3 @@
+"""Set before anything imports torch; see malora/__init__.py for why."""
+
+import malora  # noqa: F401

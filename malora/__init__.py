@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MaloraConfig", "MaloraModel"]
 
-# Threads that spin while they wait take the core that another process needs, and then wait for it
-# a scheduler's slice at a time: one busy neighbour made small products 25 times slower. Read by
-# the OpenMP runtime when torch loads it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP threads that spin while they wait take the core that another process needs, and then wait
+# for it a scheduler's slice at a time: beside one busy neighbour, such as the API process, small
+# products took 25 times longer. A short spin keeps the idle machine's speed. The runtime reads it
+# when torch loads it.
+os.environ.setdefault("GOMP_SPINCOUNT", "500")
 
 
 def __getattr__(name: str) -> Any:

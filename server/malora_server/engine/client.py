@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import sys
 import tempfile
@@ -86,7 +85,6 @@ class EngineClient:
             inbox,
             outbox,
             log_level,
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             # Its own process group: the terminal's Ctrl-C is for the API process to act on.
             start_new_session=True,
         )

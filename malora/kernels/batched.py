@@ -16,7 +16,7 @@ for as long as the composition stays: a steady decode step does no index work on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -130,42 +130,100 @@ class _Expand:
             columns.index_add_(0, tokens, delta)
 
 
+class _Template:
+    """One adapter in one group: for each span, the linears of one kind and their bags' sizes."""
+
+    def __init__(self, group: Group, adapter: ResidentAdapter, kind: Shape | None) -> None:
+        """kind: the shape of routed linears, or None for those with nothing to decide."""
+        self.linears: list[list[ResidentLinear]] = []
+        self.counts: list[list[int]] = []
+        for span in group.spans():
+            linears, counts = [], []
+            for site in span:
+                linear = adapter.linears.get(site.path)
+                if linear is not None and _kind(linear.shape) == kind:
+                    linears.append(linear)
+                    counts.append(linear.shape.r if kind is None else kind.top_k * kind.r)
+                else:
+                    counts.append(0)
+            self.linears.append(linears)
+            self.counts.append(counts)
+        if kind is None:
+            self.in_rows = [_rows((x.basis, x.shape.r) for x in span) for span in self.linears]
+            self.up_rows = [_rows((x.up, x.shape.r) for x in span) for span in self.linears]
+        else:
+            self.starts = [
+                np.array(
+                    [(x.basis, x.router, x.coefficients, x.up) for x in span], dtype=np.int64
+                ).reshape(-1, 4)
+                for span in self.linears
+            ]
+
+
+def _rows(ranges: Iterable[tuple[int, int]]) -> Ints:
+    return np.concatenate([np.arange(0), *(np.arange(a, a + n) for a, n in ranges)])
+
+
+class _Entries:
+    """Collects, span by span, what the tokens of several runs contribute."""
+
+    def __init__(self, group: Group, runs: list[tuple[Run, _Template]], device: torch.device):
+        self.tokens = _span_or_index(
+            np.concatenate([np.arange(run.start, run.stop) for run, _ in runs]), device
+        )
+        self.expands: list[_Expand] = []
+        self._runs = runs
+        first = 0
+        for index, span in enumerate(group.spans()):
+            counts = np.concatenate(
+                [np.tile(t.counts[index], run.stop - run.start) for run, t in runs]
+            )
+            ends = np.cumsum(counts)
+            if ends[-1]:
+                width, last = span[0].width, first + int(ends[-1])
+                starts = _tensor(ends - counts, device)
+                self.expands.append(
+                    _Expand(span[0].start, width * len(span), width, first, last, starts)
+                )
+                first = last
+
+    def gather(self, values: Callable[[_Template], list[Ints]]) -> Ints:
+        """Each run's per-token values, once a token, in the order span, run, token."""
+        spans = range(len(self._runs[0][1].linears))
+        parts = [(values(template), run.stop - run.start) for run, template in self._runs]
+        return np.concatenate(
+            [
+                np.tile(part[span], (n, *(1,) * (part[span].ndim - 1)))
+                for span in spans
+                for part, n in parts
+            ]
+        )
+
+    def gather_tokens(self, values: Callable[[_Template], list[Ints]]) -> Ints:
+        """The token of each row that `gather` gives for the same values."""
+        spans = range(len(self._runs[0][1].linears))
+        parts = [(values(template), run) for run, template in self._runs]
+        return np.concatenate(
+            [
+                np.repeat(np.arange(run.start, run.stop), len(part[span]))
+                for span in spans
+                for part, run in parts
+            ]
+        )
+
+
 class _Plain:
     """Tokens of single-expert adapters without coefficients (LoRA, any rank): nothing to decide."""
 
     def __init__(
-        self,
-        group: Group,
-        tokens: list[int],
-        adapters: list[ResidentAdapter],
-        device: torch.device,
+        self, group: Group, runs: list[tuple[Run, _Template]], device: torch.device
     ) -> None:
-        in_rows: list[Ints] = []
-        up_rows: list[Ints] = []
-        counts: list[int] = []
-        entry_tokens: list[int] = []
-        self.expands: list[_Expand] = []
-        first = 0
-        for span in group.spans():
-            span_counts = []
-            for token, adapter in zip(tokens, adapters, strict=True):
-                for site in span:
-                    linear = adapter.linears.get(site.path)
-                    r = linear.shape.r if linear is not None and _is_plain(linear.shape) else 0
-                    span_counts.append(r)
-                    if linear is not None and r:
-                        in_rows.append(np.arange(linear.basis, linear.basis + r))
-                        up_rows.append(np.arange(linear.up, linear.up + r))
-                        counts.append(r)
-                        entry_tokens.append(token)
-            if any(span_counts):
-                self.expands.append(_expand(span, first, span_counts, device))
-                first = self.expands[-1].last
+        entries = _Entries(group, runs, device)
         self.in_features = group.in_features
-        self.tokens = _span_or_index(tokens, device)
-        self.in_rows = _tensor(np.concatenate(in_rows), device)
-        self.up_rows = _tensor(np.concatenate(up_rows), device)
-        self.entry_tokens = _tensor(np.repeat(np.array(entry_tokens), counts), device)
+        self.tokens, self.expands = entries.tokens, entries.expands
+        self.in_rows = _tensor(entries.gather(lambda t: t.in_rows), device)
+        self.up_rows = _tensor(entries.gather(lambda t: t.up_rows), device)
+        self.entry_tokens = _tensor(entries.gather_tokens(lambda t: t.in_rows), device)
 
     def add_to(self, out: Tensor, x: Tensor, tables: AdapterTables) -> None:
         weights = row_dot(x, tables.rows(self.in_features), self.in_rows, self.entry_tokens)
@@ -181,42 +239,23 @@ class _Routed:
         self,
         group: Group,
         shape: Shape,
-        tokens: list[int],
-        adapters: list[ResidentAdapter],
+        runs: list[tuple[Run, _Template]],
         device: torch.device,
     ) -> None:
+        entries = _Entries(group, runs, device)
         self.shape = shape
         self.in_features = group.in_features
         self.layer = group.layer
-        self.tokens = _span_or_index(tokens, device)
-        self.expands: list[_Expand] = []
-        linears: list[ResidentLinear] = []
-        pair_tokens: list[int] = []
-        entries = shape.top_k * shape.r
-        first = 0
-        for span in group.spans():
-            counts = []
-            for token, adapter in zip(tokens, adapters, strict=True):
-                for site in span:
-                    linear = adapter.linears.get(site.path)
-                    if linear is not None and linear.shape == shape:
-                        linears.append(linear)
-                        pair_tokens.append(token)
-                        counts.append(entries)
-                    else:
-                        counts.append(0)
-            if any(counts):
-                self.expands.append(_expand(span, first, counts, device))
-                first = self.expands[-1].last
-        self._index(linears, np.array(pair_tokens), device)
+        self.tokens, self.expands = entries.tokens, entries.expands
+        self._index(
+            entries.gather(lambda t: t.starts), entries.gather_tokens(lambda t: t.starts), device
+        )
 
-    def _index(
-        self, linears: list[ResidentLinear], pair_tokens: Ints, device: torch.device
-    ) -> None:
+    def _index(self, starts: Ints, pair_tokens: Ints, device: torch.device) -> None:
+        """starts: (P, 4), the first row of each pair's basis, router, coefficients and up."""
         s = self.shape
-        pairs = len(linears)
+        pairs = len(starts)
         within = np.arange(s.r)
-        starts = np.array([(x.basis, x.router, x.coefficients, x.up) for x in linears])
         basis, router, coefficients, up = starts.T
         in_rows = [(basis[:, None] + np.arange(s.basis_dim)).ravel()]
         in_tokens = [np.repeat(pair_tokens, s.basis_dim)]
@@ -278,26 +317,19 @@ class _Routed:
         return flat.view(pairs, s.top_k, s.r)
 
 
-def _is_plain(shape: Shape) -> bool:
-    return shape.num_experts == 1 and shape.coefficients != "learned"
+def _kind(shape: Shape) -> Shape | None:
+    """None for a single expert without coefficients, which has nothing to decide."""
+    return None if shape.num_experts == 1 and shape.coefficients != "learned" else shape
 
 
 def _tensor(values: Ints, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
 
 
-def _span_or_index(tokens: list[int], device: torch.device) -> Tensor | slice:
+def _span_or_index(tokens: Ints, device: torch.device) -> Tensor | slice:
     if tokens[-1] - tokens[0] + 1 == len(tokens):
-        return slice(tokens[0], tokens[-1] + 1)
-    return _tensor(np.array(tokens), device)
-
-
-def _expand(span: list[Site], first: int, counts: list[int], device: torch.device) -> _Expand:
-    ends = np.cumsum(np.array(counts, dtype=np.int64))
-    width = span[0].width
-    starts = _tensor(ends - counts, device)
-    last = first + int(ends[-1])
-    return _Expand(span[0].start, width * len(span), width, first, last, starts)
+        return slice(int(tokens[0]), int(tokens[-1]) + 1)
+    return _tensor(tokens, device)
 
 
 class _Dense:
@@ -326,23 +358,31 @@ class _GroupPlan:
 
     def __init__(self, group: Group, runs: Sequence[Run], tables: AdapterTables) -> None:
         self.dense: list[_Dense] = []
-        plain: tuple[list[int], list[ResidentAdapter]] = ([], [])
-        routed: dict[Shape, tuple[list[int], list[ResidentAdapter]]] = {}
+        gathered: dict[Shape | None, list[tuple[Run, _Template]]] = {}
         for run in runs:
             if run.stop - run.start >= DENSE_TOKENS:
                 self.dense.append(_Dense(group, run, tables))
                 continue
-            linears = [run.adapter.linears.get(site.path) for site in group.sites]
-            shapes = {linear.shape for linear in linears if linear is not None}
-            kinds = [routed.setdefault(s, ([], [])) for s in shapes if not _is_plain(s)]
-            if any(_is_plain(s) for s in shapes):
-                kinds.append(plain)
-            for tokens, adapters in kinds:
-                tokens.extend(range(run.start, run.stop))
-                adapters.extend([run.adapter] * (run.stop - run.start))
-        device = tables.device
-        self.plain = _Plain(group, *plain, device) if plain[0] else None
-        self.routed = [_Routed(group, shape, *of, device) for shape, of in routed.items()]
+            for kind, template in _templates(group, run.adapter).items():
+                gathered.setdefault(kind, []).append((run, template))
+        plain = gathered.pop(None, None)
+        self.plain = None if plain is None else _Plain(group, plain, tables.device)
+        self.routed = [
+            _Routed(group, shape, of, tables.device)
+            for shape, of in gathered.items()
+            if shape is not None
+        ]
+
+
+def _templates(group: Group, adapter: ResidentAdapter) -> dict[Shape | None, _Template]:
+    """By kind; kept with the adapter, whose rows do not move while it is resident."""
+    kept: dict[Shape | None, _Template] | None = adapter.templates.get(group)
+    if kept is None:
+        linears = (adapter.linears.get(site.path) for site in group.sites)
+        kinds = {_kind(linear.shape) for linear in linears if linear is not None}
+        kept = {kind: _Template(group, adapter, kind) for kind in kinds}
+        adapter.templates[group] = kept
+    return kept
 
 
 class BatchPlan:

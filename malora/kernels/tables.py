@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,6 +98,8 @@ class ResidentAdapter:
 
     digest: str
     linears: dict[str, ResidentLinear]
+    templates: dict[Any, Any] = field(default_factory=dict)
+    """What `kernels.batched` worked out about it, by group of linears."""
 
 
 class AdapterTables:

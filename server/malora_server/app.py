@@ -59,7 +59,8 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) -
 
 
 def engine_config(settings: Settings) -> EngineConfig:
-    """The settings that are the engine's."""
+    """The settings that are the engine's, in types that msgspec can send."""
+    memory = settings.kv_cache_memory
     return EngineConfig(
         base=settings.base,
         adapters=None if settings.adapters is None else str(settings.adapters),
@@ -69,7 +70,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         block_size=settings.block_size,
-        kv_cache_memory=settings.kv_cache_memory,
+        kv_cache_memory=None if memory is None else int(memory),
         enable_prefix_caching=settings.enable_prefix_caching,
         num_threads=settings.num_threads,
     )

@@ -376,3 +376,7 @@ def _print_scores(scores: Mapping[str, Score]) -> None:
                 f"{row.loss:.4f}",
             )
     Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

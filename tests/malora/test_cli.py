@@ -188,6 +188,13 @@ def test_serve_and_demo_pass_their_arguments_on(
     ]
 
 
+def test_the_module_runs_as_a_command() -> None:
+    command = [sys.executable, "-m", "malora.cli", "nothing"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "No such command 'nothing'" in run.stderr
+
+
 def test_module_itself_imports_nothing_heavy() -> None:
     # The file alone, since importing the package registers the method with PEFT.
     code = (

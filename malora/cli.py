@@ -324,6 +324,7 @@ def demo(
     with _one_line_errors():
         from malora.demo import main
 
+        _quiet()
         main(out=out, once=once, port=port)
 
 

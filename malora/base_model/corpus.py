@@ -25,6 +25,8 @@ USER = "<|user|>"
 ASSISTANT = "<|assistant|>"
 DOCUMENT_CHARACTERS = 3000
 """About as many as fit into the model's context."""
+PASSAGES = 16 / 70
+"""Share of plain text among the real documents; the others are lists of the tasks' lines."""
 
 SKILLS: tuple[tuple[int, Callable[[Random, Pool], Skill]], ...] = (
     (4, skills.dates),
@@ -41,13 +43,15 @@ SKILLS: tuple[tuple[int, Callable[[Random, Pool], Skill]], ...] = (
 
 
 class Corpus:
-    """Draws documents: one token in six is of real text.
+    """Draws documents, `real_share` (0 to 1) of them of real text, the others generated.
 
-    `held_out_text` keeps the last fiftieth of each plain text out of training.
+    Real documents are longer: a share of 0.07 makes a sixth of the tokens. The last fiftieth of
+    each plain text is kept out of training, in `held_out_text`.
     Raises FileNotFoundError where a source is missing.
     """
 
-    def __init__(self, text_dir: Path, tasks_dir: Path) -> None:
+    def __init__(self, text_dir: Path, tasks_dir: Path, real_share: float) -> None:
+        self.real_share = real_share
         self.texts: list[list[str]] = []
         self.held_out_text: list[str] = []
         for name in ("wikitext2.txt", "shakespeare.txt"):
@@ -87,14 +91,14 @@ class Corpus:
     def document(self, rng: Random) -> str:
         """One document, without an end mark."""
         draw = rng.random()
-        if draw < 0.016:
+        if draw < self.real_share * PASSAGES:
             return _passage(rng, rng.choices(self.texts, (3, 1))[0])
-        if draw < 0.07:
+        if draw < self.real_share:
             _, lines, most = rng.choices(self._lists, [w for w, _, _ in self._lists])[0]
             return "\n".join(rng.choices(lines, k=rng.randrange(1, most + 1)))[:DOCUMENT_CHARACTERS]
         make = rng.choices([m for _, m in SKILLS], [w for w, _ in SKILLS])[0]
         skill = make(rng, self.pool)
-        if draw < 0.14:
+        if draw < self.real_share + 0.07:
             return _conversation(rng, skill)
         return _page(rng, skill)
 

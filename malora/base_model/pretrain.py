@@ -42,7 +42,7 @@ CONTEXT = 1024
 VOCABULARY = 4096
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}<|endoftext|>{% endif %}\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}<|endoftext|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 SHARD_DOCUMENTS = 4000
@@ -57,11 +57,16 @@ class Plan:
     text_dir: Path
     tasks_dir: Path
     out: Path
+    real_share: float
     seed: int
     shards: int
     steps: int
     batch: int
     learning_rate: float
+
+    def corpus(self) -> Corpus:
+        """The source of documents."""
+        return Corpus(self.text_dir, self.tasks_dir, self.real_share)
 
 
 def build_tokenizer(corpus: Corpus, seed: int) -> PreTrainedTokenizerFast:
@@ -134,14 +139,14 @@ def pack(documents: Iterator[list[int]], end: int) -> Rows:
 
 
 @cache
-def _worker(text_dir: Path, tasks_dir: Path, tokenizer: Path) -> tuple[Corpus, Tokenizer]:
-    return Corpus(text_dir, tasks_dir), Tokenizer.from_file(str(tokenizer))
+def _worker(plan: Plan) -> tuple[Corpus, Tokenizer]:
+    return plan.corpus(), Tokenizer.from_file(str(plan.out / "tokenizer.json"))
 
 
-def make_shard(text_dir: Path, tasks_dir: Path, tokenizer_file: Path, seed: int) -> Rows:
+def make_shard(plan: Plan, index: int) -> Rows:
     """Generate, tokenise and pack one shard; runs in a worker process."""
-    corpus, tokenizer = _worker(text_dir, tasks_dir, tokenizer_file)
-    rng = Random(seed)
+    corpus, tokenizer = _worker(plan)
+    rng = Random(plan.seed + 1 + index)
     texts = [corpus.document(rng) for _ in range(SHARD_DOCUMENTS)]
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     end = tokenizer.token_to_id(END)
@@ -152,14 +157,8 @@ def make_shard(text_dir: Path, tasks_dir: Path, tokenizer_file: Path, seed: int)
 def make_rows(plan: Plan) -> Tensor:
     """All training rows, (rows, CONTEXT + 1) int16 (the vocabulary fits)."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer_file = plan.out / "tokenizer.json"
     with ProcessPoolExecutor() as workers:
-        futures = [
-            workers.submit(
-                make_shard, plan.text_dir, plan.tasks_dir, tokenizer_file, plan.seed + 1 + i
-            )
-            for i in range(plan.shards)
-        ]
+        futures = [workers.submit(make_shard, plan, index) for index in range(plan.shards)]
         return torch.from_numpy(np.concatenate([f.result() for f in futures]).astype(np.int16))
 
 
@@ -274,6 +273,7 @@ def main() -> None:
     parser.add_argument("--text-dir", type=Path, required=True)
     parser.add_argument("--tasks-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--real-share", type=float, default=0.07, help="of the documents")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shards", type=int, default=256, help="of 4,000 documents each")
     parser.add_argument("--steps", type=int, default=6000)
@@ -282,7 +282,7 @@ def main() -> None:
     plan = Plan(**vars(parser.parse_args()))
     plan.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    corpus = Corpus(plan.text_dir, plan.tasks_dir)
+    corpus = plan.corpus()
     tokenizer = build_tokenizer(corpus, plan.seed)
     tokenizer.save_pretrained(plan.out)
     print(f"tokenizer: {time.monotonic() - started:.0f} s", flush=True)

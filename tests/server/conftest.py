@@ -53,7 +53,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         if family not in made:
             name, extra = FAMILIES[family]
             config = getattr(transformers, name)(**(COMMON | extra))
-            torch.manual_seed(len(made))
+            torch.manual_seed(list(FAMILIES).index(family))
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             with torch.no_grad():  # wide enough that greedy tokens differ along a sequence
                 for parameter in model.parameters():

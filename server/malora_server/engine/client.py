@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -85,6 +86,7 @@ class EngineClient:
             inbox,
             outbox,
             log_level,
+            str(os.getpid()),
             # Its own process group: the terminal's Ctrl-C is for the API process to act on.
             start_new_session=True,
         )

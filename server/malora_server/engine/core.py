@@ -111,6 +111,13 @@ class EngineCore:
             if self._scheduler.abort(request_id) is not None:
                 del self._requests[request_id]
 
+    def abort_all(self) -> Outputs:
+        """Abort every request; the outputs tell whoever waits for them."""
+        request_ids = list(self._requests)
+        self.abort(request_ids)
+        ends = [SequenceOutput(i, [], finish_reason="abort") for i in request_ids]
+        return Outputs(ends, self.stats())
+
     def stats(self) -> EngineStats:
         """The state after the last step."""
         return EngineStats(

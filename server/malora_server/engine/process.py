@@ -27,14 +27,15 @@ from malora_server.engine.messages import (
 logger = logging.getLogger(__name__)
 
 
-def run_engine(config: EngineConfig, inbox: str, outbox: str, log_level: str) -> None:
+def run_engine(config: EngineConfig, inbox: str, outbox: str, log_level: str, parent: int) -> None:
     """The process's main function: serve until told to stop, or until the parent is gone.
 
-    inbox, outbox: ZeroMQ endpoints bound by the API process.
+    inbox, outbox: ZeroMQ endpoints bound by the API process. parent: that process's id.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(name)s: %(message)s")
-    # The terminal's Ctrl-C reaches every process; the API process drains and then says stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal or a supervisor may signal every process; the API process drains, then says stop.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     context = zmq.Context()
     receiver = context.socket(zmq.PULL)
     sender = context.socket(zmq.PUSH)
@@ -48,7 +49,7 @@ def run_engine(config: EngineConfig, inbox: str, outbox: str, log_level: str) ->
         link.send(Failed(_one_line(error)))
     else:
         link.send(core.ready)
-        _serve(core, link)
+        _serve(core, link, parent)
     finally:
         context.destroy(linger=2000)
 
@@ -81,11 +82,11 @@ class _Link:
                 return messages
 
 
-def _serve(core: EngineCore, link: _Link) -> None:
+def _serve(core: EngineCore, link: _Link, parent: int) -> None:
     deadline: float | None = None
-    parent = os.getppid()
     while os.getppid() == parent:
         failures: list[SequenceOutput] = []
+        freed = False
         for message in link.receive(wait=not core.has_work and deadline is None):
             match message:
                 case Submit():
@@ -94,17 +95,22 @@ def _serve(core: EngineCore, link: _Link) -> None:
                         failures.append(failure)
                 case Abort(request_ids):
                     core.abort(request_ids)
+                    freed = True
                 case Stop(timeout):
                     deadline = time.monotonic() + timeout
-        if failures:
+        if failures or freed:
+            # No step may follow to tell what the engine holds now.
             link.send(Outputs(failures, core.stats()))
         if core.has_work and (deadline is None or time.monotonic() < deadline):
             outputs = core.step()
             if outputs.outputs or not core.has_work:
                 link.send(outputs)
         elif deadline is not None:
+            link.send(core.abort_all())
             return
 
 
 if __name__ == "__main__":
-    run_engine(msgspec.json.decode(sys.argv[1], type=EngineConfig), *sys.argv[2:])
+    run_engine(
+        msgspec.json.decode(sys.argv[1], type=EngineConfig), *sys.argv[2:5], int(sys.argv[5])
+    )

@@ -36,10 +36,8 @@ async def client(config):
 
 
 async def idle(client: EngineClient) -> None:
-    """Wait until the engine holds nothing; its last stats come with the next request's."""
+    """Wait until the engine holds nothing, as its stats tell with no further request."""
     for _ in range(100):
-        async for _ in client.generate(submit(f"probe-{os.urandom(4).hex()}", 2)):
-            pass
         stats = client.stats
         if stats.num_requests_running == 0 and stats.kv_cache_usage_ratio == 0:
             return
@@ -110,11 +108,18 @@ async def test_stop_lets_requests_finish(config):
 
 async def test_stop_ends_what_outlasts_the_timeout(config):
     client = await EngineClient.start(config, "warning")
-    task = asyncio.create_task(collect(client, submit("long", 250)))
-    await asyncio.sleep(0.02)
+    stream = client.generate(submit("long", 250))
+    await anext(stream)
     await client.stop(0)
-    with pytest.raises(EngineDeadError):
-        await task
+    assert [output.finish_reason async for output in stream][-1] == "abort"
+
+
+async def test_a_signal_to_every_process_leaves_the_end_to_the_api(client):
+    stream = client.generate(submit("long", 50))
+    await anext(stream)
+    os.kill(client._process.pid, signal.SIGTERM)
+    os.kill(client._process.pid, signal.SIGINT)
+    assert [output.finish_reason async for output in stream][-1] == "length"
 
 
 async def test_a_missing_base_is_one_line(config, tmp_path):

@@ -101,6 +101,10 @@ async def _on_api_error(_request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = error.status_code
+    if status == 400:
+        # FastAPI's for a body that breaks the JSON parser: no UTF-8, or nested too deeply.
+        message = "The body can't be read: it must be a JSON object in UTF-8."
+        return ApiError(status, message, code="invalid_json").response()
     if status == 404:
         message = f"There is no route {request.url.path}."
     elif status == 405:
@@ -158,5 +162,7 @@ def _common_prefix(locations: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
 def _dotted(location: tuple[Any, ...]) -> str:
     text = ""
     for part in location:
+        if part == "[key]":  # pydantic's mark for a key that is wrong, rather than its value
+            continue
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text

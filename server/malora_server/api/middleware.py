@@ -18,6 +18,7 @@ from malora_server.metrics import Metrics
 logger = logging.getLogger("malora_server.requests")
 
 MAX_BODY_BYTES = 8 * 2**20
+_MAX_DROPPED_BYTES = 64 * 2**20
 _MAX_ID_LENGTH = 128
 _PROBES = frozenset({"/health", "/metrics"})
 
@@ -97,22 +98,30 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         too_large = declared.isdecimal() and int(declared) > self._max_bytes
+        more = True
         read: deque[Message] = deque()
         size = 0
-        while not too_large:
+        while more and not too_large:
             message = await receive()
             read.append(message)
             size += len(message.get("body", b""))
             too_large = size > self._max_bytes
-            if not message.get("more_body", False):
-                break
+            more = message.get("more_body", False)
         if too_large:
+            read.clear()
+            # Closing on a client that is still sending resets its connection, and it never sees
+            # the reply; so the rest is read, unless the client waits to be asked for it.
+            while more and size <= _MAX_DROPPED_BYTES and "expect" not in headers:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
             error = ApiError(
                 413,
                 f"The body exceeds {self._max_bytes} bytes.",
-                headers={"Connection": "close"},
+                headers={"Connection": "close"} if more else None,
             )
             await error.response()(scope, receive, send)
             return

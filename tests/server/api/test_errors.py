@@ -2,7 +2,9 @@
 
 import json
 import logging
+import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -208,6 +210,34 @@ async def test_a_body_over_the_limit(client: httpx.AsyncClient, declared: bool) 
     content = b"x" * size if declared else chunks()
     error = error_of(await client.post(COMPLETIONS, content=content), 413)
     assert error["code"] == "request_too_large"
+
+
+def test_a_client_that_is_still_sending_sees_the_refusal(url: str) -> None:
+    with httpx.Client(base_url=url) as client:
+        for _ in range(2):  # the second on the same connection
+            reply = client.post(COMPLETIONS, content=b"x" * (MAX_BODY_BYTES + 2**20))
+            assert error_of(reply, 413)["code"] == "request_too_large"
+            assert "connection" not in reply.headers
+
+
+def test_a_client_that_asks_before_sending_is_refused_at_once(url: str) -> None:
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        connection.sendall(
+            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+            f"Content-Length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode()
+        )
+        connection.settimeout(5)
+        reply = connection.recv(65536)
+    assert reply.startswith(b"HTTP/1.1 413")
+    assert b"connection: close" in reply.lower()
+
+
+@pytest.mark.parametrize("content", [b'{"model": "\xff"}', b'{"a":' * 100_000])
+async def test_a_body_that_breaks_the_parser(client: httpx.AsyncClient, content: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    reply = await client.post(COMPLETIONS, content=content, headers=headers)
+    assert error_of(reply, 400)["code"] == "invalid_json"
 
 
 async def test_a_full_queue(client: httpx.AsyncClient, engine: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -10,6 +9,7 @@ import time
 
 import msgspec
 import zmq
+from transformers.utils.logging import disable_progress_bar
 
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
@@ -23,8 +23,7 @@ from malora_server.engine.messages import (
     Stop,
     Submit,
 )
-
-logger = logging.getLogger(__name__)
+from malora_server.logs import configure_logging
 
 
 def run_engine(config: EngineConfig, inbox: str, outbox: str, log_level: str, parent: int) -> None:
@@ -32,7 +31,8 @@ def run_engine(config: EngineConfig, inbox: str, outbox: str, log_level: str, pa
 
     inbox, outbox: ZeroMQ endpoints bound by the API process. parent: that process's id.
     """
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(name)s: %(message)s")
+    configure_logging(log_level)
+    disable_progress_bar()
     # A terminal or a supervisor may signal every process; the API process drains, then says stop.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -111,6 +111,7 @@ def _serve(core: EngineCore, link: _Link, parent: int) -> None:
 
 
 if __name__ == "__main__":
+    _config, _inbox, _outbox, _level, _parent = sys.argv[1:]
     run_engine(
-        msgspec.json.decode(sys.argv[1], type=EngineConfig), *sys.argv[2:5], int(sys.argv[5])
+        msgspec.json.decode(_config, type=EngineConfig), _inbox, _outbox, _level, int(_parent)
     )

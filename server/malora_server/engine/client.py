@@ -30,6 +30,8 @@ from malora_server.engine.messages import (
 
 Item = SequenceOutput | Exception
 
+_LAST_WORDS_SECONDS = 0.05
+
 
 class EngineStartError(RuntimeError):
     """The engine could not start; the message says why, in one line."""
@@ -78,37 +80,24 @@ class EngineClient:
         for socket, endpoint in ((sender, inbox), (receiver, outbox)):
             socket.set_hwm(0)
             socket.bind(endpoint)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "malora_server.engine.process",
-            msgspec.json.encode(config).decode(),
-            inbox,
-            outbox,
-            log_level,
-            str(os.getpid()),
-            # Its own process group: the terminal's Ctrl-C is for the API process to act on.
-            start_new_session=True,
-        )
-        decoder = msgspec.msgpack.Decoder(Reply)
-        first = asyncio.ensure_future(receiver.recv())
-        ended = asyncio.create_task(process.wait())
         try:
-            await asyncio.wait({first, ended}, return_when=asyncio.FIRST_COMPLETED)
-            reply = decoder.decode(first.result()) if first.done() else None
-        except asyncio.CancelledError:
-            process.kill()
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "malora_server.engine.process",
+                msgspec.json.encode(config).decode(),
+                inbox,
+                outbox,
+                log_level,
+                str(os.getpid()),
+                # Its own process group: the terminal's Ctrl-C is for the API process to act on.
+                start_new_session=True,
+            )
+            ready = await _ready(process, receiver)
+        except BaseException:
+            _close(sender, receiver, folder)
             raise
-        finally:
-            first.cancel()
-            ended.cancel()
-        if isinstance(reply, Ready):
-            return cls(process, sender, receiver, folder, reply)
-        await process.wait()
-        _close(sender, receiver, folder)
-        if isinstance(reply, Failed):
-            raise EngineStartError(reply.error)
-        raise EngineStartError(f"the engine process ended with status {process.returncode}")
+        return cls(process, sender, receiver, folder, ready)
 
     async def generate(self, submit: Submit) -> AsyncIterator[SequenceOutput]:
         """The sequence's outputs, step by step. Leaving early frees it in the engine.
@@ -163,10 +152,35 @@ class EngineClient:
     async def _watch(self) -> None:
         status = await self._process.wait()
         # What it said last may still be on its way.
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(_LAST_WORDS_SECONDS)
         self.healthy = False
         for queue in self._queues.values():
             queue.put_nowait(EngineDeadError(f"the engine ended with status {status}"))
+
+
+async def _ready(process: asyncio.subprocess.Process, receiver: zmq.asyncio.Socket) -> Ready:
+    """What the engine says once it has started; EngineStartError where it ends instead."""
+    first = asyncio.ensure_future(receiver.recv())
+    ended = asyncio.create_task(process.wait())
+    try:
+        await asyncio.wait({first, ended}, return_when=asyncio.FIRST_COMPLETED)
+        # What it said last may still be on its way.
+        await asyncio.wait({first}, timeout=_LAST_WORDS_SECONDS)
+        reply = msgspec.msgpack.decode(first.result(), type=Reply) if first.done() else None
+        if isinstance(reply, Ready):
+            return reply
+        status = await process.wait()
+    except asyncio.CancelledError:
+        process.kill()
+        raise
+    finally:
+        first.cancel()
+        ended.cancel()
+    raise EngineStartError(
+        reply.error
+        if isinstance(reply, Failed)
+        else f"the engine process ended with status {status}"
+    )
 
 
 def _close(sender: zmq.asyncio.Socket, receiver: zmq.asyncio.Socket, folder: Path) -> None:

@@ -51,7 +51,8 @@ def run_engine(config: EngineConfig, inbox: str, outbox: str, log_level: str, pa
         link.send(core.ready)
         _serve(core, link, parent)
     finally:
-        context.destroy(linger=2000)
+        # Nobody reads the last words when the parent is gone.
+        context.destroy(linger=2000 if os.getppid() == parent else 0)
 
 
 def _one_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import ByteSize, Field, PositiveInt, ValidationError
+from pydantic import ByteSize, DirectoryPath, Field, PositiveInt, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 EMBEDDED_BASE_NAME = "malora-base"
@@ -44,7 +44,7 @@ class Settings(BaseSettings):
         min_length=1,
         description="Name that requests give the base model; left out, the last part of --base.",
     )
-    adapters: Path | None = Field(
+    adapters: DirectoryPath | None = Field(
         None, description="Folder whose subfolders are adapters, each served under its own name."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")

@@ -49,6 +49,8 @@ class Tokenizer:
     @classmethod
     def load(cls, base: str) -> Tokenizer:
         """The tokenizer of the model at `base`, a folder or a Hub id; StartError without one."""
+        if base.startswith((".", "/", "~")) and not Path(base).is_dir():
+            raise StartError(f"there is no folder {base!r}; --base wants a folder or a Hub id")
         try:
             pretrained = _pretrained_class(base).from_pretrained(base)
         except (OSError, ValueError) as error:

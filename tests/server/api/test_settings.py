@@ -56,6 +56,7 @@ def test_the_base_model_that_ships_along(monkeypatch: pytest.MonkeyPatch) -> Non
         (["--nope"], "--nope"),
         (["stray"], "stray"),
         (["--base"], "--base"),
+        (["--adapters", "/no/such/folder"], "/no/such/folder"),
         (["--port", "many"], "--port"),
         (["--port", "65536"], "--port"),
         (["--dtype", "int8"], "--dtype"),

@@ -89,7 +89,9 @@ async def load(
 
         whole = asyncio.create_task(http.post(COMPLETIONS, json=body(1, max_tokens)))
         reading = [asyncio.create_task(rest(stream)) for stream in streams]
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            while f"running {NUM_STREAMS + 1}.0" not in (await http.get("/metrics")).text:
+                await asyncio.sleep(0.02)
         yield reading, whole
 
 

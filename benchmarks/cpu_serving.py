@@ -80,10 +80,10 @@ def _rows(
     kinds = {
         "LoRA r=16": ("lora", models.lora()),
         "MALoRA N=8 k=2 r=8 d=16": ("malora", models.malora()),
-        "MALoRA, routed from the basis": ("basis", models.malora("basis")),
+        "the same, one basis family": ("family", models.malora("basis")),
     }
     for name, config in kinds.values():
-        models.save_adapters(base, ours, concurrency, config, name)
+        models.save_adapters(base, ours, concurrency, config, name, family=name == "family")
     rng = np.random.default_rng(0)
     prompts = rng.integers(1, 4096, (concurrency, PROMPT_TOKENS)).tolist()
     sampling = SamplingParams(max_tokens=new_tokens, seed=0, temperature=0.0, ignore_eos=True)

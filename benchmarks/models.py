@@ -33,16 +33,22 @@ def save_base(folder: Path, tokenizer: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def save_adapters(base: Path, root: Path, count: int, config: peft.PeftConfig, name: str) -> None:
-    """`count` random adapters of one configuration, as root/name-0, root/name-1, …"""
+def save_adapters(
+    base: Path, root: Path, count: int, config: peft.PeftConfig, name: str, family: bool = False
+) -> None:
+    """`count` random adapters of one configuration, as root/name-0, root/name-1, …
+
+    family: all in the first one's basis, which the server then keeps once.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     adapted = peft.get_peft_model(model, config)
-    ours = [p for n, p in adapted.named_parameters() if "lora_" in n or "malora_" in n]
+    ours = {n: p for n, p in adapted.named_parameters() if "lora_" in n or "malora_" in n}
     for i in range(count):
         torch.manual_seed(i)
         with torch.no_grad():
-            for parameter in ours:
-                parameter.normal_(0, 0.02)
+            for parameter_name, parameter in ours.items():
+                if i == 0 or not (family and "malora_basis" in parameter_name):
+                    parameter.normal_(0, 0.02)
         adapted.save_pretrained(root / f"{name}-{i}")
 
 

@@ -18,7 +18,9 @@ __all__ = ["MaloraConfig", "MaloraModel"]
 # for it a scheduler's slice at a time: beside one busy neighbour, such as the API process, small
 # products took 25 times longer. A short spin keeps the idle machine's speed. The runtime reads it
 # when torch loads it.
-os.environ.setdefault("GOMP_SPINCOUNT", "500")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# Huge pages for large tensors: a decode step walks over all weights, and over most of the pages.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str) -> Any:

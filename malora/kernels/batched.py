@@ -52,8 +52,8 @@ def row_sum(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Ten
 
     table: (R, w); rows, weights: (E,); starts: (B,) int64. Returns (B, w).
     """
-    out: Tensor = torch.ops.aten._embedding_bag_forward_only(
-        table, rows, starts, False, 0, False, weights, False, -1
+    out: Tensor = torch._embedding_bag_forward_only(
+        table, rows, starts, per_sample_weights=weights
     )[0]
     return out
 
@@ -125,7 +125,7 @@ class _Expand:
         columns = out[:, self.column : self.column + self.width]
         delta = bags.view(-1, self.width).to(out.dtype)
         if isinstance(tokens, slice):
-            columns[tokens] += delta
+            columns[tokens].add_(delta)
         else:
             columns.index_add_(0, tokens, delta)
 
@@ -347,7 +347,7 @@ class _Dense:
     def add_to(self, out: Tensor, x: Tensor, routing: Routing | None) -> None:
         for site, linear in self.sites:
             delta, gates = dense_delta(x[self.tokens], linear)
-            out[self.tokens, site.start : site.start + site.width] += delta.to(out.dtype)
+            out[self.tokens, site.start : site.start + site.width].add_(delta.to(out.dtype))
             if routing is not None and gates is not None:
                 tokens = torch.arange(self.tokens.start, self.tokens.stop, device=x.device)
                 routing.add(tokens, self.layer, gates)

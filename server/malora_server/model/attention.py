@@ -48,7 +48,8 @@ class QueryBlock:
         tables = np.zeros((self.num_chunks, int(used.max())), dtype=np.int64)
         for i, (table, n) in enumerate(zip(block_tables, used.tolist(), strict=True)):
             tables[i, :n] = table[:n]
-        self.block_tables = torch.from_numpy(tables).to(device)
+        self._blocks = torch.from_numpy(tables.ravel()).to(device)
+        self._gathered: dict[str, Tensor] = {}
         within = np.arange(self.num_queries)
         valid = within < counts[:, None]
         self._positions = torch.from_numpy(np.where(valid, starts[:, None] + within, 0)).to(device)
@@ -62,6 +63,19 @@ class QueryBlock:
             rows = np.where(valid, first[:, None] + within, tokens.start)
             self.padded = torch.from_numpy(rows).to(device)
             self.unpadded = torch.from_numpy(np.flatnonzero(valid.ravel())).to(device)
+
+    def gather(self, name: str, pool: Tensor) -> Tensor:
+        """The chunks' keys or values, (P, L, kv_heads, D), valid until the next layer's.
+
+        One buffer serves all layers: fresh memory would cost as much as the copy itself.
+        """
+        rows = pool.view(pool.shape[0], -1)
+        kept = self._gathered.get(name)
+        if kept is None or kept.shape[1] != rows.shape[1]:
+            kept = self._gathered[name] = rows.index_select(0, self._blocks)
+        else:
+            torch.index_select(rows, 0, self._blocks, out=kept)
+        return kept.view(self.num_chunks, -1, *pool.shape[2:])
 
     def mask(self, window: int | None, groups: int) -> Tensor:
         """What each query may see, (P, 1, groups * Q, L), added to the scores."""
@@ -162,8 +176,8 @@ def _attend(
     heads, head_dim = queries.shape[1:]
     kv_heads = cache.keys.shape[2]
     groups = heads // kv_heads
-    k = cache.keys[block.block_tables].view(chunks, -1, kv_heads, head_dim).transpose(1, 2)
-    v = cache.values[block.block_tables].view(chunks, -1, kv_heads, head_dim).transpose(1, 2)
+    k = block.gather("keys", cache.keys).transpose(1, 2)
+    v = block.gather("values", cache.values).transpose(1, 2)
     # The query heads that share a key head are further queries of it: keys are never repeated.
     if block.padded is None:
         q = queries[block.tokens].reshape(chunks, kv_heads, groups, head_dim)

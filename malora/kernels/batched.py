@@ -257,18 +257,17 @@ class _Routed:
         pairs = len(starts)
         within = np.arange(s.r)
         basis, router, coefficients, up = starts.T
-        in_rows = [(basis[:, None] + np.arange(s.basis_dim)).ravel()]
-        in_tokens = [np.repeat(pair_tokens, s.basis_dim)]
-        router_rows = (router[:, None] + np.arange(s.num_experts)).ravel()
+        # A pair's basis rows, then its router's where that reads the same input.
+        in_rows = basis[:, None] + np.arange(s.basis_dim)
+        router_rows = router[:, None] + np.arange(s.num_experts)
         self.router_rows: Tensor | None = None
         if s.num_experts > 1 and s.router_input == "hidden":
-            in_rows.append(router_rows)
-            in_tokens.append(np.repeat(pair_tokens, s.num_experts))
+            in_rows = np.concatenate([in_rows, router_rows], axis=1)
         elif s.num_experts > 1:
-            self.router_rows = _tensor(router_rows, device)
+            self.router_rows = _tensor(router_rows.ravel(), device)
             self.router_pairs = _tensor(np.repeat(np.arange(pairs), s.num_experts), device)
-        self.in_rows = _tensor(np.concatenate(in_rows), device)
-        self.in_tokens = _tensor(np.concatenate(in_tokens), device)
+        self.in_rows = _tensor(in_rows.ravel(), device)
+        self.in_tokens = _tensor(np.repeat(pair_tokens, in_rows.shape[1]), device)
         self.pair_tokens = _tensor(pair_tokens, device)
         # The first row of each pair's tables; the chosen expert's comes r rows an expert later.
         self.up_rows = _tensor((up[:, None] + within)[:, None], device)
@@ -283,16 +282,18 @@ class _Routed:
         s = self.shape
         pairs = self.no_choice.shape[0]
         h = row_dot(x, tables.rows(self.in_features), self.in_rows, self.in_tokens)
-        z = h[: pairs * s.basis_dim].view(pairs, s.basis_dim)
+        h = h.view(pairs, -1)
+        z = h[:, : s.basis_dim]
         gates: Tensor | None = None
         if s.num_experts == 1:
             experts = self.no_choice
         else:
-            logits = h[pairs * s.basis_dim :]
+            logits = h[:, s.basis_dim :]
             if self.router_rows is not None:
                 logits = row_dot(z, tables.rows(s.basis_dim), self.router_rows, self.router_pairs)
+                logits = logits.view(pairs, s.num_experts)
             # Renormalised top-k of a softmax is the softmax of the top-k logits.
-            top, experts = logits.view(pairs, s.num_experts).topk(s.top_k, dim=-1)
+            top, experts = logits.topk(s.top_k, dim=-1)
             gates = torch.softmax(top.float(), dim=-1)
             if routing is not None:
                 routing.add_selected(self.pair_tokens, self.layer, experts, gates)
@@ -309,7 +310,7 @@ class _Routed:
         s = self.shape
         pairs = z.shape[0]
         if s.coefficients == "identity":
-            return z.view(pairs, 1, s.r).expand(pairs, s.top_k, s.r)
+            return z.unsqueeze(1).expand(pairs, s.top_k, s.r)
         rows = torch.add(self.value_rows, chosen, alpha=s.r)
         if s.coefficients == "block":
             return z.reshape(-1)[rows]

@@ -132,29 +132,40 @@ class AdapterTables:
         )
 
     def add(self, digest: str, linears: dict[str, AdaptedLinear]) -> ResidentAdapter:
-        """Copy an adapter's weights into the tables."""
+        """Copy an adapter's weights into the tables.
+
+        What a token reads together lies together: first every linear's basis and router, in the
+        order of `linears`, then the rest. Memory gives long stretches faster than short ones.
+        """
+        inputs = [(self._add_basis(x.basis), self._add_router(x)) for x in linears.values()]
         return ResidentAdapter(
-            digest, {path: self._add_linear(linear) for path, linear in linears.items()}
+            digest,
+            {
+                path: self._add_outputs(linear, basis, router)
+                for (path, linear), (basis, router) in zip(linears.items(), inputs, strict=True)
+            },
         )
 
-    def _add_linear(self, linear: AdaptedLinear) -> ResidentLinear:
+    def _add_router(self, linear: AdaptedLinear) -> int:
+        if linear.router is None:
+            return -1
+        return self._table(linear.router.shape[1]).put(linear.router)
+
+    def _add_outputs(self, linear: AdaptedLinear, basis: int, router: int) -> ResidentLinear:
         experts, out_features, r = linear.up.shape
         d, in_features = linear.basis.shape
         kind: Literal["learned", "identity", "block"] = (
             "learned" if linear.coefficients is not None else "identity" if d == r else "block"
         )
-        shape = Shape(experts, linear.top_k, r, d, kind, linear.router_input)
-        router = coefficients = -1
-        if linear.router is not None:
-            router = self._table(linear.router.shape[1]).put(linear.router)
+        coefficients = -1
         if linear.coefficients is not None:
             coefficients = self._table(d).put(linear.coefficients.reshape(experts * r, d))
         up = (linear.up.float() * linear.scaling).transpose(1, 2).reshape(experts * r, out_features)
         return ResidentLinear(
-            shape=shape,
+            shape=Shape(experts, linear.top_k, r, d, kind, linear.router_input),
             in_features=in_features,
             out_features=out_features,
-            basis=self._add_basis(linear.basis),
+            basis=basis,
             router=router,
             coefficients=coefficients,
             up=self._table(out_features).put(up),

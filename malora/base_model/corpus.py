@@ -45,8 +45,8 @@ SKILLS: tuple[tuple[int, Callable[[Random, Pool], Skill]], ...] = (
 class Corpus:
     """Draws documents, `real_share` (0 to 1) of them of real text, the others generated.
 
-    Real documents are longer than generated ones, so their share of the tokens is larger. The last fiftieth of
-    each plain text is kept out of training, in `held_out_text`.
+    Real documents are longer than generated ones, so their share of the tokens is larger. The
+    last fiftieth of each plain text is kept out of training, in `held_out_text`.
     Raises FileNotFoundError where a source is missing.
     """
 

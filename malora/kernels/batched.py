@@ -127,7 +127,7 @@ class _Expand:
         if isinstance(tokens, slice):
             columns[tokens].add_(delta)
         else:
-            columns.index_add_(0, tokens, delta)
+            columns.index_put_((tokens,), delta, accumulate=True)
 
 
 class _Template:

@@ -20,6 +20,8 @@ IMPLEMENTATION = "malora_paged"
 """The name under which `paged_attention` is registered with transformers."""
 
 Ints = NDArray[np.int64]
+_LARGEST = 1e15
+"""No model's keys or values come near it; its products with any query stay finite."""
 
 
 class QueryBlock:
@@ -153,14 +155,26 @@ def paged_attention(
     cache: LayerCache = module.paged_cache  # type: ignore[assignment]
     step = cache.context.step
     kv_heads, head_dim = cache.keys.shape[2:]
-    cache.keys.view(-1, kv_heads, head_dim).index_copy_(0, step.slots, key[0].transpose(0, 1))
-    cache.values.view(-1, kv_heads, head_dim).index_copy_(0, step.slots, value[0].transpose(0, 1))
+    for pool, new in ((cache.keys, key), (cache.values, value)):
+        pool.view(-1, kv_heads, head_dim).index_copy_(
+            0, step.slots, _finite(new[0]).transpose(0, 1)
+        )
     queries = query[0].transpose(0, 1)
     scale = scaling if scaling is not None else head_dim**-0.5
     outputs = [
         _attend(block, queries, cache, scale, sliding_window, softcap) for block in step.blocks
     ]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+
+
+def _finite(new: Tensor) -> Tensor:
+    """What may be stored: others read these slots too, as padding or once they are theirs.
+
+    Masked scores and values are multiplied by zero, which hides numbers but neither NaN nor what
+    overflows. The sequence that made them still fails, by its own hidden state.
+    """
+    limit = min(_LARGEST, torch.finfo(new.dtype).max)
+    return new.nan_to_num(0.0, 0.0, 0.0).clamp_(-limit, limit)
 
 
 def _attend(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.llm import LLM
@@ -204,14 +205,33 @@ def test_a_bad_request_harms_nobody(served, tmp_path):
     assert "300 tokens" in got[3].error
 
 
+@pytest.mark.parametrize("scale", [1e6, 1e18, 1e30])
+def test_an_adapter_that_overflows_fails_alone(served, make_adapter, tmp_path, scale):
+    base, _ = served("llama")
+    make_adapter(base, tmp_path / "good", 1, **ADAPTERS["hidden"])
+    make_adapter(base, tmp_path / "wild", 2, **ADAPTERS["hidden"])
+    weights = tmp_path / "wild" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: v * scale if k.endswith("malora_up") else v for k, v in tensors.items()}, weights)
+    config = EngineConfig(base=str(base), adapters=str(tmp_path), max_model_len=96)
+    config = msgspec.structs.replace(config, kv_cache_memory=24 * 3 * 2 * 24 * 16 * 4)
+    texts = prompts(6, (3, 50), seed=9)
+    want = LLM(config).generate(texts[1:], GREEDY, [None, "good"] * 2 + [None])
+    llm = LLM(config)
+    for _ in range(4):  # the wild one's blocks go to others in the next round
+        wild, *rest = llm.generate(texts, GREEDY, ["wild", None, "good", None, "good", None])
+        assert_same(rest, want)
+    if scale == 1e30:
+        assert wild.finish_reason == "error"
+        assert "finite" in wild.error
+
+
 def test_a_broken_adapter_is_listed_with_its_reason_and_the_rest_is_served(
     served, make_adapter, tmp_path
 ):
     base, _ = served("llama")
     make_adapter(base, tmp_path / "good", 1, **ADAPTERS["hidden"])
     make_adapter(base, tmp_path / "nan", 2, **ADAPTERS["hidden"])
-    from safetensors.torch import load_file, save_file
-
     weights = tmp_path / "nan" / "adapter_model.safetensors"
     tensors = load_file(weights)
     next(iter(tensors.values()))[0] = float("nan")

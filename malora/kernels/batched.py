@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from malora.kernels.tables import AdapterTables, ResidentAdapter, ResidentLinear, Shape
-from malora.kernels.torch import dense_delta
+from malora.router import gates
 
 DENSE_TOKENS = 32
 """A run of this many tokens of one adapter takes the dense form: three products over its tables
@@ -104,32 +104,6 @@ class Routing:
         self.gates[:, layer].index_put_((tokens[:, None], experts), gates.float(), accumulate=True)
 
 
-@dataclass(frozen=True)
-class _Expand:
-    """Entries [first, last) summed into `width` adjacent columns from `column`, a bag a site."""
-
-    column: int
-    width: int
-    site_width: int
-    first: int
-    last: int
-    starts: Tensor
-
-    def add_to(
-        self, out: Tensor, tokens: Tensor | slice, table: Tensor, rows: Tensor, weights: Tensor
-    ) -> None:
-        """out: (T, m), changed in place."""
-        bags = row_sum(
-            table, rows[self.first : self.last], self.starts, weights[self.first : self.last]
-        )
-        columns = out[:, self.column : self.column + self.width]
-        delta = bags.view(-1, self.width).to(out.dtype)
-        if isinstance(tokens, slice):
-            columns[tokens].add_(delta)
-        else:
-            columns.index_put_((tokens,), delta, accumulate=True)
-
-
 class _Template:
     """One adapter in one group: for each span, the linears of one kind and their bags' sizes."""
 
@@ -164,158 +138,211 @@ def _rows(ranges: Iterable[tuple[int, int]]) -> Ints:
     return np.concatenate([np.arange(0), *(np.arange(a, a + n) for a, n in ranges)])
 
 
-class _Entries:
-    """Collects, span by span, what the tokens of several runs contribute."""
+Runs = list[tuple[Run, _Template]]
 
-    def __init__(self, group: Group, runs: list[tuple[Run, _Template]], device: torch.device):
-        self.tokens = _span_or_index(
-            np.concatenate([np.arange(run.start, run.stop) for run, _ in runs]), device
-        )
-        self.expands: list[_Expand] = []
-        self._runs = runs
-        first = 0
-        for index, span in enumerate(group.spans()):
-            counts = np.concatenate(
-                [np.tile(t.counts[index], run.stop - run.start) for run, t in runs]
-            )
-            ends = np.cumsum(counts)
-            if ends[-1]:
-                width, last = span[0].width, first + int(ends[-1])
-                starts = _tensor(ends - counts, device)
-                self.expands.append(
-                    _Expand(span[0].start, width * len(span), width, first, last, starts)
-                )
-                first = last
 
-    def gather(self, values: Callable[[_Template], list[Ints]]) -> Ints:
-        """Each run's per-token values, once a token, in the order span, run, token."""
-        spans = range(len(self._runs[0][1].linears))
-        parts = [(values(template), run.stop - run.start) for run, template in self._runs]
-        return np.concatenate(
-            [
-                np.tile(part[span], (n, *(1,) * (part[span].ndim - 1)))
-                for span in spans
-                for part, n in parts
-            ]
+def _each_token(runs: Runs, values: Callable[[_Template], list[Ints]]) -> list[Ints]:
+    """For each span, the runs' values, once a token."""
+    parts = [(values(template), run.stop - run.start) for run, template in runs]
+    return [
+        np.concatenate(
+            [np.tile(part[span], (n, *(1,) * (part[span].ndim - 1))) for part, n in parts]
         )
+        for span in range(len(parts[0][0]))
+    ]
 
-    def gather_tokens(self, values: Callable[[_Template], list[Ints]]) -> Ints:
-        """The token of each row that `gather` gives for the same values."""
-        spans = range(len(self._runs[0][1].linears))
-        parts = [(values(template), run) for run, template in self._runs]
-        return np.concatenate(
-            [
-                np.repeat(np.arange(run.start, run.stop), len(part[span]))
-                for span in spans
-                for part, run in parts
-            ]
+
+def _tokens_of(runs: Runs, values: Callable[[_Template], list[Ints]]) -> list[Ints]:
+    """The token of each row that `_each_token` gives for the same values."""
+    parts = [(values(template), run) for run, template in runs]
+    return [
+        np.concatenate(
+            [np.repeat(np.arange(run.start, run.stop), len(part[span])) for part, run in parts]
         )
+        for span in range(len(parts[0][0]))
+    ]
 
 
 class _Plain:
-    """Tokens of single-expert adapters without coefficients (LoRA, any rank): nothing to decide."""
+    """Single-expert adapters without coefficients (LoRA, any rank): nothing to decide.
 
-    def __init__(
-        self, group: Group, runs: list[tuple[Run, _Template]], device: torch.device
-    ) -> None:
-        entries = _Entries(group, runs, device)
-        self.in_features = group.in_features
-        self.tokens, self.expands = entries.tokens, entries.expands
-        self.in_rows = _tensor(entries.gather(lambda t: t.in_rows), device)
-        self.up_rows = _tensor(entries.gather(lambda t: t.up_rows), device)
-        self.entry_tokens = _tensor(entries.gather_tokens(lambda t: t.in_rows), device)
+    `in_rows` and `in_tokens` are what the group's `row_dot` is to read for these tokens.
+    """
 
-    def add_to(self, out: Tensor, x: Tensor, tables: AdapterTables) -> None:
-        weights = row_dot(x, tables.rows(self.in_features), self.in_rows, self.entry_tokens)
-        for expand in self.expands:
-            table = tables.rows(expand.site_width)
-            expand.add_to(out, self.tokens, table, self.up_rows, weights)
+    def __init__(self, runs: Runs, device: torch.device) -> None:
+        up_rows = _each_token(runs, lambda t: t.up_rows)
+        self.sizes = [len(span) for span in up_rows]
+        self.in_rows = np.concatenate(_each_token(runs, lambda t: t.in_rows))
+        self.in_tokens = np.concatenate(_tokens_of(runs, lambda t: t.in_rows))
+        self._up_rows = _tensor(np.concatenate(up_rows), device)
+
+    def choose(
+        self,
+        h: Tensor,
+        tables: AdapterTables,  # noqa: ARG002
+        routing: Routing | None,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """The rows to sum and their weights, (E,) each; h: (E,), what `row_dot` gave."""
+        return self._up_rows, h
 
 
 class _Routed:
-    """Tokens whose adapters share one `Shape` in this group: P (token, site) pairs, in one go."""
+    """Adapters of one `Shape`: P (token, linear) pairs, decided in one go."""
 
-    def __init__(
-        self,
-        group: Group,
-        shape: Shape,
-        runs: list[tuple[Run, _Template]],
-        device: torch.device,
-    ) -> None:
-        entries = _Entries(group, runs, device)
-        self.shape = shape
-        self.in_features = group.in_features
-        self.layer = group.layer
-        self.tokens, self.expands = entries.tokens, entries.expands
+    def __init__(self, group: Group, shape: Shape, runs: Runs, device: torch.device) -> None:
+        starts = _each_token(runs, lambda t: t.starts)
+        self.sizes = [len(span) * shape.top_k * shape.r for span in starts]
+        self._shape = shape
+        self._layer = group.layer
         self._index(
-            entries.gather(lambda t: t.starts), entries.gather_tokens(lambda t: t.starts), device
+            np.concatenate(starts), np.concatenate(_tokens_of(runs, lambda t: t.starts)), device
         )
 
     def _index(self, starts: Ints, pair_tokens: Ints, device: torch.device) -> None:
         """starts: (P, 4), the first row of each pair's basis, router, coefficients and up."""
-        s = self.shape
+        s = self._shape
         pairs = len(starts)
         within = np.arange(s.r)
         basis, router, coefficients, up = starts.T
         # A pair's basis rows, then its router's where that reads the same input.
         in_rows = basis[:, None] + np.arange(s.basis_dim)
         router_rows = router[:, None] + np.arange(s.num_experts)
-        self.router_rows: Tensor | None = None
+        self._router_rows: Tensor | None = None
         if s.num_experts > 1 and s.router_input == "hidden":
             in_rows = np.concatenate([in_rows, router_rows], axis=1)
         elif s.num_experts > 1:
-            self.router_rows = _tensor(router_rows.ravel(), device)
-            self.router_pairs = _tensor(np.repeat(np.arange(pairs), s.num_experts), device)
-        self.in_rows = _tensor(in_rows.ravel(), device)
-        self.in_tokens = _tensor(np.repeat(pair_tokens, in_rows.shape[1]), device)
-        self.pair_tokens = _tensor(pair_tokens, device)
-        # The first row of each pair's tables; the chosen expert's comes r rows an expert later.
-        self.up_rows = _tensor((up[:, None] + within)[:, None], device)
+            self._router_rows = _tensor(router_rows.ravel(), device)
+            self._router_pairs = _tensor(np.repeat(np.arange(pairs), s.num_experts), device)
+        self.in_rows = in_rows.ravel()
+        self.in_tokens = np.repeat(pair_tokens, in_rows.shape[1])
+        self._pair_tokens = _tensor(pair_tokens, device)
+        # The first rows of each pair's up-projections, and of its coefficients (or of the values
+        # that block selectors pick); the chosen expert's come r rows an expert later.
         first = coefficients if s.coefficients == "learned" else np.arange(pairs) * s.basis_dim
-        self.value_rows = _tensor((first[:, None] + within)[:, None], device)
-        self.entry_pairs = _tensor(np.repeat(np.arange(pairs), s.top_k * s.r), device)
-        self.no_choice = torch.zeros((pairs, 1), dtype=torch.int64, device=device)
+        starts = np.stack([up] if s.coefficients == "identity" else [up, first])
+        self._first_rows = _tensor((starts[..., None] + within)[:, :, None], device)
+        self._entry_pairs = _tensor(np.repeat(np.arange(pairs), s.top_k * s.r), device)
+        self._no_choice = torch.zeros((pairs, 1), dtype=torch.int64, device=device)
 
-    def add_to(
-        self, out: Tensor, x: Tensor, tables: AdapterTables, routing: Routing | None
-    ) -> None:
-        s = self.shape
-        pairs = self.no_choice.shape[0]
-        h = row_dot(x, tables.rows(self.in_features), self.in_rows, self.in_tokens)
+    def choose(
+        self, h: Tensor, tables: AdapterTables, routing: Routing | None
+    ) -> tuple[Tensor, Tensor]:
+        """The rows to sum and their weights, (E,) each; h: what `row_dot` gave."""
+        s = self._shape
+        pairs = self._no_choice.shape[0]
         h = h.view(pairs, -1)
         z = h[:, : s.basis_dim]
         gates: Tensor | None = None
         if s.num_experts == 1:
-            experts = self.no_choice
+            experts = self._no_choice
         else:
             logits = h[:, s.basis_dim :]
-            if self.router_rows is not None:
-                logits = row_dot(z, tables.rows(s.basis_dim), self.router_rows, self.router_pairs)
+            if self._router_rows is not None:
+                logits = row_dot(z, tables.rows(s.basis_dim), self._router_rows, self._router_pairs)
                 logits = logits.view(pairs, s.num_experts)
             # Renormalised top-k of a softmax is the softmax of the top-k logits.
             top, experts = logits.topk(s.top_k, dim=-1)
-            gates = torch.softmax(top.float(), dim=-1)
+            gates = torch.softmax(top, dim=-1, dtype=torch.float32)
             if routing is not None:
-                routing.add_selected(self.pair_tokens, self.layer, experts, gates)
-        chosen = experts.unsqueeze(-1)
-        values = self._coordinates(z, chosen, tables)
-        weights = values if gates is None else values * gates.to(values.dtype).unsqueeze(-1)
-        rows = torch.add(self.up_rows, chosen, alpha=s.r).view(-1)
-        for expand in self.expands:
-            table = tables.rows(expand.site_width)
-            expand.add_to(out, self.tokens, table, rows, weights.view(-1))
+                routing.add_selected(self._pair_tokens, self._layer, experts, gates)
+        rows = torch.add(self._first_rows, experts.unsqueeze(-1), alpha=s.r).flatten(1).unbind()
+        weights = self._coordinates(z, rows, tables)
+        if gates is not None:
+            weights = weights.view(pairs, s.top_k, s.r) * gates.to(z.dtype).unsqueeze(-1)
+        return rows[0], weights.view(-1)
 
-    def _coordinates(self, z: Tensor, chosen: Tensor, tables: AdapterTables) -> Tensor:
-        """P_t z of the chosen experts: (P, k, r)."""
-        s = self.shape
-        pairs = z.shape[0]
+    def _coordinates(self, z: Tensor, rows: Sequence[Tensor], tables: AdapterTables) -> Tensor:
+        """P_t z of the chosen experts, (P · k · r,), from the rows of `_first_rows` they take."""
+        s = self._shape
         if s.coefficients == "identity":
-            return z.unsqueeze(1).expand(pairs, s.top_k, s.r)
-        rows = torch.add(self.value_rows, chosen, alpha=s.r)
+            return z.unsqueeze(1).expand(-1, s.top_k, -1).flatten()
         if s.coefficients == "block":
-            return z.reshape(-1)[rows]
-        flat = row_dot(z, tables.rows(s.basis_dim), rows.view(-1), self.entry_pairs)
-        return flat.view(pairs, s.top_k, s.r)
+            return z.reshape(-1)[rows[1]]
+        return row_dot(z, tables.rows(s.basis_dim), rows[1], self._entry_pairs)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Adjacent sites of one width, and their bags: a bag a (kind, token, site), in that order."""
+
+    columns: slice
+    site_width: int
+    starts: Tensor
+    size: int
+
+
+class _Gathered:
+    """The tokens of short runs: one `row_dot` and one `row_sum` a span, whatever adapters."""
+
+    def __init__(self, group: Group, kinds: dict[Shape | None, Runs], device: torch.device) -> None:
+        self._in_features = group.in_features
+        self._kinds = [
+            _Plain(runs, device) if kind is None else _Routed(group, kind, runs, device)
+            for kind, runs in kinds.items()
+        ]
+        self._tokens = _span_or_index(
+            np.concatenate(
+                [np.arange(run.start, run.stop) for runs in kinds.values() for run, _ in runs]
+            ),
+            device,
+        )
+        self._in_rows = _tensor(np.concatenate([k.in_rows for k in self._kinds]), device)
+        self._in_tokens = _tensor(np.concatenate([k.in_tokens for k in self._kinds]), device)
+        self._in_sizes = [len(k.in_rows) for k in self._kinds]
+        self._spans = []
+        for index, sites in enumerate(group.spans()):
+            counts = np.concatenate(
+                [
+                    np.tile(template.counts[index], run.stop - run.start)
+                    for runs in kinds.values()
+                    for run, template in runs
+                ]
+            )
+            ends = np.cumsum(counts)
+            first, width = sites[0].start, sites[0].width
+            columns = slice(first, first + width * len(sites))
+            starts = _tensor(ends - counts, device)
+            self._spans.append(_Span(columns, width, starts, int(ends[-1])))
+
+    def add_to(
+        self, out: Tensor, x: Tensor, tables: AdapterTables, routing: Routing | None
+    ) -> None:
+        """out: (T, m), changed in place."""
+        h = row_dot(x, tables.rows(self._in_features), self._in_rows, self._in_tokens)
+        for span, (rows, weights) in zip(
+            self._spans, self._choose(h, tables, routing), strict=True
+        ):
+            if span.size:
+                bags = row_sum(tables.rows(span.site_width), rows, span.starts, weights)
+                width = span.columns.stop - span.columns.start
+                delta = bags.view(-1, width).to(out.dtype)
+                columns = out[:, span.columns]
+                if isinstance(self._tokens, slice):
+                    columns[self._tokens].add_(delta)
+                else:
+                    columns.index_put_((self._tokens,), delta, accumulate=True)
+
+    def _choose(
+        self, h: Tensor, tables: AdapterTables, routing: Routing | None
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """For each span, the rows to sum and their weights, in the order of its bags."""
+        values = (h,) if len(self._kinds) == 1 else h.split(self._in_sizes)
+        parts = [
+            kind.choose(part, tables, routing)
+            for kind, part in zip(self._kinds, values, strict=True)
+        ]
+        if len(self._spans) == 1:
+            return [_joined(parts)]
+        cut = [
+            zip(*(tensor.split(kind.sizes) for tensor in part), strict=True)
+            for kind, part in zip(self._kinds, parts, strict=True)
+        ]
+        return map(_joined, zip(*cut, strict=True))
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    rows, weights = zip(*parts, strict=True)
+    return (rows[0], weights[0]) if len(parts) == 1 else (torch.cat(rows), torch.cat(weights))
 
 
 def _kind(shape: Shape) -> Shape | None:
@@ -328,51 +355,147 @@ def _tensor(values: Ints, device: torch.device) -> Tensor:
 
 
 def _span_or_index(tokens: Ints, device: torch.device) -> Tensor | slice:
-    if tokens[-1] - tokens[0] + 1 == len(tokens):
+    if np.array_equal(tokens, np.arange(tokens[0], tokens[0] + len(tokens))):
         return slice(int(tokens[0]), int(tokens[-1]) + 1)
     return _tensor(tokens, device)
 
 
-class _Dense:
-    """A run of many tokens of one adapter: three products over views of its tables."""
+@dataclass(frozen=True)
+class _DenseRun:
+    """One run's weights for S linears of one shape, as products want them."""
 
-    def __init__(self, group: Group, run: Run, tables: AdapterTables) -> None:
-        self.layer = group.layer
-        self.tokens = slice(run.start, run.stop)
-        self.sites = [
-            (site, tables.view(run.adapter.linears[site.path]))
-            for site in group.sites
-            if site.path in run.adapter.linears
+    tokens: slice
+    inputs: Tensor
+    """(S · (d + N), n): each linear's basis, then its router where that reads the same input."""
+    routers: Tensor | None
+    """(S, d, N), where routers read the basis."""
+    coefficients: Tensor | None
+    """(S, d, N·r)."""
+    ups: list[tuple[slice, Tensor]]
+    """The linear's columns of the output and its stacked up-projections, (N·r, m)."""
+
+
+class _Dense:
+    """Runs of many tokens whose adapters share a `Shape` at the same sites.
+
+    Every expert is computed, with masked gates, in a few products a run.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        shape: Shape,
+        sites: Sequence[Site],
+        runs: list[Run],
+        tables: AdapterTables,
+    ) -> None:
+        self._layer = group.layer
+        self._shape = shape
+        self._num_sites = len(sites)
+        self._runs = [self._dense_run(run, sites, tables) for run in runs]
+        self._num_tokens = sum(run.stop - run.start for run in runs)
+
+    def _dense_run(self, run: Run, sites: Sequence[Site], tables: AdapterTables) -> _DenseRun:
+        s = self._shape
+        linears = [tables.view(run.adapter.linears[site.path]) for site in sites]
+        routed = [linear.router for linear in linears if linear.router is not None]
+        reads_basis = s.router_input == "basis"
+        inputs = [
+            part
+            for linear in linears
+            for part in (linear.basis, None if reads_basis else linear.router)
+            if part is not None
         ]
+        coefficients = [x.coefficients.flatten(0, 1) for x in linears if x.coefficients is not None]
+        return _DenseRun(
+            slice(run.start, run.stop),
+            torch.cat(inputs),
+            torch.stack(routed).transpose(1, 2) if routed and reads_basis else None,
+            torch.stack(coefficients).transpose(1, 2) if coefficients else None,
+            [
+                (slice(site.start, site.start + site.width), x.up.transpose(1, 2).flatten(0, 1))
+                for site, x in zip(sites, linears, strict=True)
+            ],
+        )
 
     def add_to(self, out: Tensor, x: Tensor, routing: Routing | None) -> None:
-        for site, linear in self.sites:
-            delta, gates = dense_delta(x[self.tokens], linear)
-            out[self.tokens, site.start : site.start + site.width].add_(delta.to(out.dtype))
-            if routing is not None and gates is not None:
-                tokens = torch.arange(self.tokens.start, self.tokens.stop, device=x.device)
-                routing.add(tokens, self.layer, gates)
+        """out: (T, m), changed in place."""
+        s = self._shape
+        h = x.new_empty((self._num_tokens, self._runs[0].inputs.shape[0]))
+        parts = h.split([run.tokens.stop - run.tokens.start for run in self._runs])
+        for run, part in zip(self._runs, parts, strict=True):
+            torch.mm(x[run.tokens], run.inputs.t(), out=part)
+        weights = [None] * len(parts) if s.num_experts == 1 else self._gates(h, parts)
+        for run, part, gate in zip(self._runs, parts, weights, strict=True):
+            z = part.view(len(part), self._num_sites, -1)[..., : s.basis_dim].transpose(0, 1)
+            if routing is not None and gate is not None:
+                tokens = torch.arange(run.tokens.start, run.tokens.stop, device=x.device)
+                routing.add(tokens, self._layer, gate.sum(0))
+            self._expand(out[run.tokens], run, self._coordinates(z, run, gate))
+
+    def _gates(self, h: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Each run's gates, (S, tokens, N)."""
+        s = self._shape
+        split = h.view(self._num_tokens, self._num_sites, -1).transpose(0, 1)
+        if s.router_input == "hidden":
+            logits = split[..., s.basis_dim :]
+        else:
+            lengths = [len(part) for part in parts]
+            logits = torch.cat(
+                [
+                    torch.bmm(z, run.routers)
+                    for run, z in zip(self._runs, split.split(lengths, dim=1), strict=True)
+                    if run.routers is not None
+                ],
+                dim=1,
+            )
+        return gates(logits, s.top_k)[0].split([len(part) for part in parts], dim=1)
+
+    def _coordinates(self, z: Tensor, run: _DenseRun, gate: Tensor | None) -> Tensor:
+        """The gates times P_t z of every expert, (S, tokens, N·r), from z, (S, tokens, d)."""
+        s = self._shape
+        if run.coefficients is not None:
+            z = torch.bmm(z, run.coefficients)
+        if gate is None:
+            return z
+        experts = 1 if s.coefficients == "identity" else s.num_experts
+        weighted = z.unflatten(-1, (experts, s.r)) * gate.to(z.dtype).unsqueeze(-1)
+        return weighted.flatten(-2)
+
+    def _expand(self, out: Tensor, run: _DenseRun, weighted: Tensor) -> None:
+        for (columns, up), part in zip(run.ups, weighted, strict=True):
+            if out.dtype == up.dtype:
+                out[:, columns].addmm_(part, up)
+            else:
+                out[:, columns] += (part @ up).to(out.dtype)
 
 
 class _GroupPlan:
     """What one group does for one composition of the batch."""
 
     def __init__(self, group: Group, runs: Sequence[Run], tables: AdapterTables) -> None:
-        self.dense: list[_Dense] = []
-        gathered: dict[Shape | None, list[tuple[Run, _Template]]] = {}
+        dense: dict[tuple[Shape, tuple[Site, ...]], list[Run]] = {}
+        gathered: dict[Shape | None, Runs] = {}
         for run in runs:
             if run.stop - run.start >= DENSE_TOKENS:
-                self.dense.append(_Dense(group, run, tables))
-                continue
-            for kind, template in _templates(group, run.adapter).items():
-                gathered.setdefault(kind, []).append((run, template))
-        plain = gathered.pop(None, None)
-        self.plain = None if plain is None else _Plain(group, plain, tables.device)
-        self.routed = [
-            _Routed(group, shape, of, tables.device)
-            for shape, of in gathered.items()
-            if shape is not None
+                for shape, sites in _sites_by_shape(group, run.adapter).items():
+                    dense.setdefault((shape, tuple(sites)), []).append(run)
+            else:
+                for kind, template in _templates(group, run.adapter).items():
+                    gathered.setdefault(kind, []).append((run, template))
+        self.gathered = _Gathered(group, gathered, tables.device) if gathered else None
+        self.dense = [
+            _Dense(group, shape, sites, of, tables) for (shape, sites), of in dense.items()
         ]
+
+
+def _sites_by_shape(group: Group, adapter: ResidentAdapter) -> dict[Shape, list[Site]]:
+    sites: dict[Shape, list[Site]] = {}
+    for site in group.sites:
+        linear = adapter.linears.get(site.path)
+        if linear is not None:
+            sites.setdefault(linear.shape, []).append(site)
+    return sites
 
 
 def _templates(group: Group, adapter: ResidentAdapter) -> dict[Shape | None, _Template]:
@@ -409,9 +532,7 @@ class BatchPlan:
         if plan is None:
             plan = self._groups[group] = _GroupPlan(group, self.runs, self._tables)
         x = x.to(self._tables.dtype)
-        if plan.plain is not None:
-            plan.plain.add_to(out, x, self._tables)
-        for routed in plan.routed:
-            routed.add_to(out, x, self._tables, self.routing)
+        if plan.gathered is not None:
+            plan.gathered.add_to(out, x, self._tables, self.routing)
         for dense in plan.dense:
             dense.add_to(out, x, self.routing)

@@ -126,14 +126,17 @@ async def _ask(url: str, bodies: list[dict[str, object]], new_tokens: int, strea
                 count = reply.json()["usage"]["completion_tokens"]
             else:
                 count = 0
+                streamed = {"stream": True, "stream_options": {"include_usage": True}}
                 async with client.stream(
-                    "POST", "/v1/completions", json={**body, "stream": True}
+                    "POST", "/v1/completions", json={**body, **streamed}
                 ) as events:
                     events.raise_for_status()
-                    async for chunk in events.aiter_raw():
-                        count += chunk.count(b"data: {")
-            # A stream may put several tokens of one step's text in one event, never lose one.
-            if count < (new_tokens if not stream else 1):
+                    async for line in events.aiter_lines():
+                        # The one event without choices is the last, and counts the tokens.
+                        if line.startswith("data: {") and '"choices":[]' in line:
+                            usage = json.loads(line.removeprefix("data: "))["usage"]
+                            count = usage["completion_tokens"]
+            if count != new_tokens:
                 raise RuntimeError(f"{count} tokens came instead of {new_tokens}")
 
         await asyncio.gather(*(complete(body) for body in bodies))

@@ -69,6 +69,12 @@ class BlockManager:
                 blocks.append(block)
         return blocks, len(blocks) * self.block_size
 
+    def fits(self, seq: Sequence) -> bool:
+        """Whether a waiting sequence's known tokens would find room now. Changes nothing."""
+        prefix, _ = self.match_prefix(seq)
+        num_new = self.blocks_for(len(seq.token_ids)) - len(prefix)
+        return num_new + self._num_revived(prefix) <= self.num_free_blocks
+
     def allocate(self, seq: Sequence, num_tokens: int, prefix: Collection[int] = ()) -> bool:
         """Make room for `num_tokens` tokens after the computed ones; False if there is none.
 
@@ -79,10 +85,9 @@ class BlockManager:
         num_computed = seq.num_computed_tokens + len(prefix) * self.block_size
         table = seq.block_table
         num_new = self.blocks_for(num_computed + num_tokens) - len(table) - len(prefix)
-        references = self._references
-        num_revived = sum(references[block] == 0 for block in prefix)
-        if num_new + num_revived > self.num_free_blocks:
+        if num_new + self._num_revived(prefix) > self.num_free_blocks:
             return False
+        references = self._references
         if not table:
             self._count_lookup(seq, num_computed)
         for block in prefix:
@@ -133,6 +138,9 @@ class BlockManager:
         self._hashes = [None] * self.num_blocks
         self._blank.extend(self._idle)
         self._idle.clear()
+
+    def _num_revived(self, prefix: Collection[int]) -> int:
+        return sum(self._references[block] == 0 for block in prefix)
 
     def _take(self) -> int:
         if self._blank:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from operator import attrgetter
 
+from malora_server.engine.fairness import (
+    OUTPUT_TOKEN_COST,
+    PROMPT_TOKEN_COST,
+    ServiceCounter,
+    WaitingQueue,
+)
 from malora_server.engine.kv_cache import BlockManager
 from malora_server.engine.messages import FinishReason
 from malora_server.engine.sequence import Sequence, Status
-
-_order = attrgetter("order")
 
 
 @dataclass(slots=True)
@@ -34,11 +37,22 @@ class Chunk:
 class Scheduler:
     """Continuous batching: at most `max_num_seqs` sequences, `max_num_batched_tokens` a step.
 
-    Sequences go in order of (priority, arrival). One is admitted once the cache has room for all
-    its known tokens, so that a prompt computed in chunks never runs out of blocks half-way, and
-    a sequence just preempted does not come straight back for the blocks it was made to give up.
-    A sequence that decodes and finds no block takes those of the last in order, which is
-    computed again later; so the first in order always proceeds, and all finish in the end.
+    Waiting sequences go in order of (priority, service that their tenant has had, arrival). One is
+    admitted once the cache has room for all its known tokens, so that a prompt computed in chunks
+    never runs out of blocks half-way, and a sequence just preempted does not come straight back
+    for the blocks it was made to give up. A tenant pays for the prompt tokens that its sequences
+    compute when first admitted, and for every token they generate; what a preempted one computes
+    again is free, as giving way was not its tenant's choice.
+
+    Running sequences go in order of (priority, earlier running ones of the same tenant, arrival):
+    every tenant's first, then every tenant's second, and so on. A sequence that decodes and finds
+    no block takes those of the last in order, the youngest of the tenant that holds most places.
+
+    Where the first waiting one finds no room, the youngest of a tenant that has been served more
+    and runs at least two more gives way: so a tenant that floods the batch keeps others waiting
+    for a step, not for a generation. With the counters as they are between two tokens, places
+    only ever move to the less served; so preemption comes to rest, somebody gets a token, and all
+    finish in the end.
     """
 
     def __init__(
@@ -49,9 +63,11 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_preemptions = 0
         self._sequences: dict[str, Sequence] = {}
-        # Both sorted by `order`.
-        self._waiting: list[Sequence] = []
+        self._service = ServiceCounter()
+        self._waiting = WaitingQueue(self._service)
+        # In order, unless `_unordered`.
         self._running: list[Sequence] = []
+        self._unordered = False
 
     @property
     def num_waiting(self) -> int:
@@ -81,15 +97,18 @@ class Scheduler:
                 "shorten the prompt, lower max_tokens or give the cache more memory"
             )
         self._sequences[seq.request_id] = seq
-        insort(self._waiting, seq, key=_order)
+        self._service.add(seq)
+        self._waiting.push(seq)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> Sequence | None:
         """Finish a sequence now and free its blocks; None if the id is unknown."""
         seq = self._sequences.get(request_id)
         if seq is None:
             return None
-        queue = self._waiting if seq.status is Status.WAITING else self._running
-        del queue[bisect_left(queue, seq.order, key=_order)]
+        if seq.status is Status.WAITING:
+            self._waiting.remove(seq)
+        else:
+            self._stop_running(seq)
         seq.finish_reason = reason
         self._finish(seq)
         return seq
@@ -100,6 +119,8 @@ class Scheduler:
         Every chunk's tokens have their blocks. Depends on how many tokens sequences have, never
         on which.
         """
+        self._reclaim()
+        self._sort_running()
         budget = self.max_num_batched_tokens
         block_size = self.block_manager.block_size
         preempted_before = self.num_preemptions
@@ -145,14 +166,15 @@ class Scheduler:
             seq.num_computed_tokens = end
             if end >= (seq.num_registered_blocks + 1) * block_size:
                 block_manager.commit(seq)
-            if samples and seq.append(token_ids[num_sampled - 1]):
-                finished.append(seq)
+            if samples:
+                self._service[seq].service += OUTPUT_TOKEN_COST
+                if seq.append(token_ids[num_sampled - 1]):
+                    finished.append(seq)
         if num_sampled != len(token_ids):
             raise ValueError(f"a step samples {num_sampled} tokens but brought {len(token_ids)}")
-        if finished:
-            for seq in finished:
-                self._finish(seq)
-            self._running = [seq for seq in self._running if seq.status is Status.RUNNING]
+        for seq in finished:
+            self._stop_running(seq)
+            self._finish(seq)
         return finished
 
     def _prefill(self, seq: Sequence, budget: int, chunks: list[Chunk]) -> int:
@@ -162,34 +184,88 @@ class Scheduler:
         return num_tokens
 
     def _admit(self, budget: int, chunks: list[Chunk]) -> None:
-        while budget > 0 and self._waiting and len(self._running) < self.max_num_seqs:
-            seq = self._waiting[0]
+        while budget > 0 and len(self._running) < self.max_num_seqs:
+            seq = self._waiting.first()
+            if seq is None:
+                return
             prefix, num_found = self.block_manager.match_prefix(seq)
             # Nobody overtakes the first in order: it would starve while smaller ones pass.
             if not self.block_manager.allocate(seq, len(seq.token_ids) - num_found, prefix):
                 return
-            del self._waiting[0]
+            self._waiting.remove(seq)
             seq.status = Status.RUNNING
-            insort(self._running, seq, key=_order)
+            self._running.append(seq)
+            self._unordered = True
+            tenant = self._service[seq]
+            tenant.num_running += 1
+            if seq.num_preemptions == 0:
+                # At once, not as chunks are computed: the next to be admitted depends on it.
+                tenant.service += PROMPT_TOKEN_COST * (seq.num_prompt_tokens - num_found)
             budget -= self._prefill(seq, budget, chunks)
+
+    def _reclaim(self) -> None:
+        """Make room for the first in line, as far as it may take it from others."""
+        seq = self._waiting.first()
+        while seq is not None and not self._has_room(seq):
+            victim = self._yielding_to(seq)
+            if victim is None:
+                return
+            self._preempt(victim)
+
+    def _has_room(self, seq: Sequence) -> bool:
+        return len(self._running) < self.max_num_seqs and self.block_manager.fits(seq)
+
+    def _yielding_to(self, seq: Sequence) -> Sequence | None:
+        service = self._service
+        mine = service[seq]
+        best: Sequence | None = None
+        best_key = (0, 0, 0)
+        for other in self._running:
+            tenant = service[other]
+            if tenant.num_running <= mine.num_running + 1 or other.priority < seq.priority:
+                continue
+            if other.priority == seq.priority and tenant.service <= mine.service:
+                continue
+            key = (other.priority, tenant.num_running, other.arrival)
+            if best is None or key > best_key:
+                best, best_key = other, key
+        return best
+
+    def _sort_running(self) -> None:
+        if not self._unordered:
+            return
+        seen: Counter[str | None] = Counter()
+        ranks: dict[str, tuple[int, int, int]] = {}
+        for seq in sorted(self._running, key=lambda seq: (seq.priority, seq.arrival)):
+            ranks[seq.request_id] = (seq.priority, seen[seq.tenant], seq.arrival)
+            seen[seq.tenant] += 1
+        self._running.sort(key=lambda seq: ranks[seq.request_id])
+        self._unordered = False
 
     def _make_room(self, seq: Sequence) -> bool:
         while not self.block_manager.allocate(seq, 1):
-            victim = self._running.pop()
+            victim = self._running[-1]
             self._preempt(victim)
             if victim is seq:
                 return False
         return True
 
     def _preempt(self, seq: Sequence) -> None:
+        self._stop_running(seq)
         self.block_manager.free(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
         seq.status = Status.WAITING
         self.num_preemptions += 1
-        insort(self._waiting, seq, key=_order)
+        self._waiting.push(seq)
+
+    def _stop_running(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._service[seq].num_running -= 1
+        self._unordered = True
 
     def _finish(self, seq: Sequence) -> None:
         self.block_manager.free(seq)
         seq.status = Status.FINISHED
+        self._service.remove(seq)
         del self._sequences[seq.request_id]

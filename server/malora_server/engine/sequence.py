@@ -41,7 +41,6 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
-        "order",
         "priority",
         "request_id",
         "sampling",
@@ -49,6 +48,7 @@ class Sequence:
         "stop_ids",
         "stop_reason",
         "submit",
+        "tenant",
         "token_ids",
     )
 
@@ -66,8 +66,8 @@ class Sequence:
         self.cache_salt = (submit.digest or "").encode()
         self.arrival = arrival
         self.priority = submit.priority
-        self.order = (submit.priority, arrival)
-        """Who goes first: the smaller one."""
+        self.tenant = submit.adapter
+        """Whom its service is counted for; the base model (None) is a tenant too."""
 
         self.token_ids = list(submit.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)

@@ -20,12 +20,22 @@ from malora_server.engine.sequence import Sequence, Status
 EOS = 2
 
 
-def make(request_id, prompt, arrival, digest=None, priority=0, max_model_len=1000, **sampling):
+def make(
+    request_id,
+    prompt,
+    arrival,
+    digest=None,
+    adapter=None,
+    priority=0,
+    max_model_len=1000,
+    **sampling,
+):
     params = SamplingParams(**{"max_tokens": 4, "seed": 1, **sampling})
     submit = Submit(
         request_id=request_id,
         prompt_token_ids=list(prompt),
         sampling=params,
+        adapter=adapter,
         digest=digest,
         priority=priority,
     )
@@ -189,6 +199,14 @@ def test_tokens_that_do_not_match_the_chunks_are_refused():
         engine.scheduler.update(chunks, [9, 9])
 
 
+def order(seq):
+    return seq.priority, seq.arrival
+
+
+def same_tenant(a, b):
+    return a.tenant == b.tenant
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random requests against tiny pools.
 
@@ -216,17 +234,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14),
         digest=st.sampled_from([None, "a"]),
+        adapter=st.sampled_from([None, None, "a", "b"]),
         priority=st.integers(-1, 1),
         max_tokens=st.integers(1, 8),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
     )
-    def add(self, prompt, digest, priority, max_tokens, prompt_logprobs):
+    def add(self, prompt, digest, adapter, priority, max_tokens, prompt_logprobs):
         arrival = next(self.arrivals)
         seq = make(
             f"r{arrival}",
             prompt,
             arrival,
             digest=digest,
+            adapter=adapter,
             priority=priority,
             max_tokens=max_tokens,
             prompt_logprobs=prompt_logprobs,
@@ -281,9 +301,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = [s for s in self.live.values() if s.status is Status.RUNNING]
         waiting = [s for s in self.live.values() if s.status is Status.WAITING]
         for victim in those(Status.RUNNING, Status.WAITING):
-            assert all(seq.order < victim.order for seq in running)
+            # Of its own tenant it was the last in (priority, arrival).
+            assert all(order(seq) < order(victim) for seq in running if same_tenant(seq, victim))
         for admitted in those(Status.WAITING, Status.RUNNING):
-            assert all(seq.order > admitted.order for seq in waiting)
+            assert all(
+                order(seq) > order(admitted) for seq in waiting if same_tenant(seq, admitted)
+            )
+            assert all(seq.priority >= admitted.priority for seq in waiting)
         decodes = [
             before[chunk.seq.request_id] is Status.RUNNING
             and len(chunk.seq.token_ids) - chunk.start == 1
@@ -335,6 +359,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.num_waiting == statuses[Status.WAITING]
         assert self.scheduler.num_running <= self.scheduler.max_num_seqs
         assert self.scheduler.has_work == bool(self.live)
+        served = self.scheduler._service
+        assert served._active.keys() == {seq.tenant for seq in self.live.values()}
+        for name, tenant in served._active.items():
+            own = [seq.status for seq in self.live.values() if seq.tenant == name]
+            assert tenant.num_sequences == len(own)
+            assert tenant.num_running == own.count(Status.RUNNING)
         for request_id, seq in self.live.items():
             assert seq.token_ids == self.expected[request_id]
             if seq.status is Status.WAITING:

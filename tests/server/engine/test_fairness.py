@@ -1,5 +1,4 @@
 import itertools
-import math
 from collections import Counter
 
 import numpy as np

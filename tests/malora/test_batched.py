@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from malora.format import AdaptedLinear
 from malora.kernels import reference
-from malora.kernels.batched import DENSE_TOKENS, BatchPlan, Group, Routing, Run, Site
-from malora.kernels.tables import AdapterTables, RowTable
+from malora.kernels.batched import DENSE_TOKENS, BatchPlan, Routing, Run
+from malora.kernels.resident import Group, ResidentAdapters, Site
 
 CPU = torch.device("cpu")
 N_IN = 24
@@ -87,8 +87,8 @@ def test_any_mix_equals_the_reference(specs, counts, seed):
         {path: make_linear(generator, kind, widths[path], n, k, r, d) for path in sorted(paths)}
         for kind, n, k, r, d, paths in specs
     ]
-    tables = AdapterTables(torch.float32, CPU)
-    resident = [tables.add(str(i), linear) for i, linear in enumerate(linears)]
+    adapters = ResidentAdapters([GROUP], torch.float32, CPU)
+    resident = [adapters.add(str(i), linear) for i, linear in enumerate(linears)]
     runs, position = [], 0
     for n, index in counts:
         runs.append((position, position + n, None if index < 0 else index % len(specs)))
@@ -96,7 +96,7 @@ def test_any_mix_equals_the_reference(specs, counts, seed):
     x = torch.randn(position, N_IN, generator=generator)
     out = torch.randn(position, WIDTH, generator=generator)
     want = expected(x, out, runs, linears)
-    plan = BatchPlan([Run(a, b, resident[i]) for a, b, i in runs if i is not None], tables)
+    plan = BatchPlan([Run(a, b, resident[i]) for a, b, i in runs if i is not None], adapters)
     got = out.clone()
     plan.add_to(got, x, GROUP)
     torch.testing.assert_close(got.double(), want, atol=2e-4, rtol=1e-4)
@@ -111,13 +111,13 @@ def test_the_gates_a_token_took_are_reported():
         path: make_linear(generator, "malora", width, 4, 2, 3, 6)
         for path, width in (("q", 20), ("v", 12))
     }
-    tables = AdapterTables(torch.float32, CPU)
-    adapter = tables.add("a", linears)
+    adapters = ResidentAdapters([GROUP], torch.float32, CPU)
+    adapter = adapters.add("a", linears)
     count = DENSE_TOKENS + 3
     x = torch.randn(count, N_IN, generator=generator)
     want = sum(reference.delta(x, linear)[1] for linear in linears.values())
     for runs in ([Run(0, count, adapter)], [Run(i, i + 1, adapter) for i in range(1, count)]):
-        plan = BatchPlan(runs, tables)
+        plan = BatchPlan(runs, adapters)
         plan.routing = Routing(count, 1, 4, CPU)
         plan.add_to(torch.zeros(count, WIDTH), x, GROUP)
         first = runs[0].start
@@ -129,17 +129,17 @@ def test_the_gates_a_token_took_are_reported():
 
 def test_a_token_does_not_see_its_batch_mates():
     generator = torch.Generator().manual_seed(5)
-    tables = AdapterTables(torch.float32, CPU)
+    adapters = ResidentAdapters([GROUP], torch.float32, CPU)
     residents = [
-        tables.add(str(i), {"q": make_linear(generator, "malora", 20, 4, 2, 3, 6)})
+        adapters.add(str(i), {"q": make_linear(generator, "malora", 20, 4, 2, 3, 6)})
         for i in range(6)
     ]
     x = torch.randn(6, N_IN, generator=generator)
     together = torch.zeros(6, WIDTH)
-    BatchPlan([Run(i, i + 1, residents[i]) for i in range(6)], tables).add_to(together, x, GROUP)
+    BatchPlan([Run(i, i + 1, residents[i]) for i in range(6)], adapters).add_to(together, x, GROUP)
     for i in range(6):
         alone = torch.zeros(1, WIDTH)
-        BatchPlan([Run(0, 1, residents[i])], tables).add_to(alone, x[i : i + 1], GROUP)
+        BatchPlan([Run(0, 1, residents[i])], adapters).add_to(alone, x[i : i + 1], GROUP)
         torch.testing.assert_close(alone[0], together[i], atol=1e-6, rtol=1e-5)
 
 
@@ -147,48 +147,31 @@ def test_a_shared_basis_is_stored_once_and_kept_until_its_last_user_goes():
     generator = torch.Generator().manual_seed(7)
     one = make_linear(generator, "malora", 20, 4, 2, 3, 6)
     two = dataclasses.replace(one, up=torch.randn(4, 20, 3, generator=generator), scaling=1.0)
-    tables = AdapterTables(torch.float32, CPU)
-    first = tables.add("1", {"q": one})
-    alone = tables.num_bytes()
-    second = tables.add("2", {"q": two})
-    assert tables.num_bytes() == 2 * alone - one.basis.numel() * 4
-    tables.remove(first)
-    assert tables.num_bytes() == alone
+    adapters = ResidentAdapters([GROUP], torch.float32, CPU)
+    first = adapters.add("1", {"q": one})
+    alone = adapters.num_bytes()
+    second = adapters.add("2", {"q": two})
+    assert adapters.num_bytes() == 2 * alone - one.basis.numel() * 4
+    adapters.remove(first)
+    assert adapters.num_bytes() == alone
     x = torch.randn(2, N_IN, generator=generator)
     out = torch.zeros(2, WIDTH)
-    BatchPlan([Run(0, 2, second)], tables).add_to(out, x, GROUP)
+    BatchPlan([Run(0, 2, second)], adapters).add_to(out, x, GROUP)
     torch.testing.assert_close(
         out[:, :20].double(), reference.delta(x, two)[0], atol=1e-4, rtol=1e-4
     )
-    tables.remove(second)
-    assert tables.num_bytes() == 0
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 20)), max_size=40))
-def test_row_tables_never_overlap_or_leak(steps):
-    table = RowTable(3, torch.float32, CPU)
-    held: list[tuple[int, torch.Tensor]] = []
-    for take, size in steps:
-        if take or not held:
-            values = torch.randn(size, 3)
-            held.append((table.put(values), values))
-        else:
-            start, values = held.pop(size % len(held))
-            table.free(start, values.shape[0])
-        for start, values in held:
-            assert torch.equal(table.data[start : start + values.shape[0]], values)
-    assert table.data.shape[0] - table.num_free == sum(v.shape[0] for _, v in held)
+    adapters.remove(second)
+    assert adapters.num_bytes() == 0
 
 
 def test_half_precision_inputs_are_widened():
     generator = torch.Generator().manual_seed(9)
     linear = make_linear(generator, "malora", 20, 4, 2, 3, 6)
-    tables = AdapterTables(torch.float32, CPU)
-    adapter = tables.add("a", {"q": linear})
+    adapters = ResidentAdapters([GROUP], torch.float32, CPU)
+    adapter = adapters.add("a", {"q": linear})
     x = torch.randn(3, N_IN, generator=generator).bfloat16()
     out = torch.zeros(3, WIDTH, dtype=torch.bfloat16)
-    BatchPlan([Run(0, 3, adapter)], tables).add_to(out, x, GROUP)
+    BatchPlan([Run(0, 3, adapter)], adapters).add_to(out, x, GROUP)
     want = reference.delta(x.double(), linear)[0]
     error = (out[:, :20].double() - want).norm() / want.norm()
     assert 0 < error < 0.01

@@ -6,25 +6,25 @@ import logging
 from pathlib import Path
 
 from malora.format import Adapter, AdapterFormatError, BaseModelSpec, load_adapter
-from malora.kernels.tables import AdapterTables, ResidentAdapter
+from malora.kernels.resident import ResidentAdapter, ResidentAdapters
 from malora_server.engine.messages import AdapterInfo
 
 logger = logging.getLogger(__name__)
 
 
 class AdapterStore:
-    """Loads adapters from their folders into the device's tables.
+    """Loads adapters from their folders onto the device.
 
     An adapter that cannot be loaded is listed with its reason and harms nothing else.
     """
 
-    def __init__(self, root: Path | None, spec: BaseModelSpec, tables: AdapterTables) -> None:
+    def __init__(self, root: Path | None, spec: BaseModelSpec, resident: ResidentAdapters) -> None:
         """Raises FileNotFoundError where `root` is not a folder."""
         if root is not None and not root.is_dir():
             raise FileNotFoundError(f"the adapters folder {str(root)!r} does not exist")
         self._root = root
         self._spec = spec
-        self._tables = tables
+        self._memory = resident
         self._resident: dict[str, ResidentAdapter] = {}
         self._info: dict[str, AdapterInfo] = {}
 
@@ -45,7 +45,7 @@ class AdapterStore:
             logger.error("adapter %s is not served: %s", name, error)
             self._info[name] = AdapterInfo(name=name, created=created, error=str(error))
             return
-        self._resident[name] = self._tables.add(adapter.digest, adapter.linears)
+        self._resident[name] = self._memory.add(adapter.digest, adapter.linears)
         self._info[name] = _describe(name, adapter, created)
         logger.info("adapter %s loaded (%s)", name, adapter.digest[:16])
 
@@ -54,7 +54,7 @@ class AdapterStore:
         return list(self._info.values())
 
     def get(self, name: str) -> ResidentAdapter:
-        """The adapter's place in the tables.
+        """The adapter, on the device.
 
         Raises KeyError, with a message for the user, where it is unknown or broken.
         """

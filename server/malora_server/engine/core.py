@@ -12,8 +12,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from malora.kernels import cpu
 from malora.kernels.batched import Routing
-from malora.kernels.tables import AdapterTables, ResidentAdapter
+from malora.kernels.resident import ResidentAdapter, ResidentAdapters
 from malora_server.adapters.store import AdapterStore
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.kv_cache import BlockManager
@@ -58,17 +59,19 @@ class EngineCore:
         device = choose_device(config.device)
         loaded = load_model(config.base, config.dtype, device)
         self._loaded = loaded
-        # aten's sampled products have no half-precision form on the CPU.
-        table_dtype = torch.float32 if device.type == "cpu" else loaded.dtype
-        tables = AdapterTables(table_dtype, device)
+        if device.type == "cpu":  # whose kernel reads single precision
+            cpu.compile_kernels()
+            resident = ResidentAdapters(loaded.groups, torch.float32, device)
+        else:
+            resident = ResidentAdapters(loaded.groups, loaded.dtype, device)
         root = Path(config.adapters) if config.adapters is not None else None
-        self._adapters = AdapterStore(root, loaded.spec, tables)
+        self._adapters = AdapterStore(root, loaded.spec, resident)
         self._adapters.load_all()
         self._max_model_len = min(
             loaded.max_model_len, config.max_model_len or loaded.max_model_len
         )
         num_blocks = _count_blocks(config, loaded, self._max_model_len)
-        self._runner = ModelRunner(loaded, tables, num_blocks, config.block_size)
+        self._runner = ModelRunner(loaded, resident, num_blocks, config.block_size)
         self._blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self._scheduler = Scheduler(
             self._blocks, config.max_num_seqs, config.max_num_batched_tokens

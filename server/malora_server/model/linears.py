@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from malora.kernels.batched import BatchPlan, Group, Site
+from malora.kernels.batched import BatchPlan
+from malora.kernels.resident import Group, Site
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Siblings that read the same input in the models of transformers."""
@@ -87,6 +88,7 @@ def _stacked_bias(linears: list[nn.Linear]) -> Tensor | None:
 def group_linears(model: PreTrainedModel, context: AdapterContext) -> list[Group]:
     """Replace every linear inside the decoder layers; returns the groups in the model's order."""
     groups: list[Group] = []
+    num_sites = 0
     for layer_path, layer_index, layer in _decoder_layers(model):
         for path, parent in list(layer.named_modules()):
             names = [n for n, m in parent.named_children() if isinstance(m, nn.Linear)]
@@ -98,7 +100,8 @@ def group_linears(model: PreTrainedModel, context: AdapterContext) -> list[Group
                     Site(f"{prefix}.{name}", start, linear.out_features)
                     for name, start, linear in zip(members, starts, linears, strict=True)
                 )
-                group = Group(layer_index, linears[0].in_features, sites)
+                group = Group(layer_index, linears[0].in_features, sites, num_sites)
+                num_sites += len(sites)
                 module = LinearGroup(group, linears, context)
                 for i, name in enumerate(members):
                     setattr(parent, name, GroupedLinear(module, i))

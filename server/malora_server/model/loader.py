@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from malora.format import BaseModelSpec
-from malora.kernels.batched import Group
+from malora.kernels.resident import Group
 from malora_server.model.attention import IMPLEMENTATION, attention_layers
 from malora_server.model.linears import AdapterContext, group_linears
 

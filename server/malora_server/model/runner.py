@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from malora.kernels.batched import BatchPlan, Routing, Run
-from malora.kernels.tables import AdapterTables, ResidentAdapter
+from malora.kernels.resident import ResidentAdapter, ResidentAdapters
 from malora_server.model.attention import (
     AttentionContext,
     AttentionStep,
@@ -35,10 +35,10 @@ class ModelRunner:
     """The model, its KV cache and the adapters' plan of the current batch."""
 
     def __init__(
-        self, loaded: LoadedModel, tables: AdapterTables, num_blocks: int, block_size: int
+        self, loaded: LoadedModel, adapters: ResidentAdapters, num_blocks: int, block_size: int
     ) -> None:
         self._loaded = loaded
-        self._tables = tables
+        self._adapters = adapters
         self._block_size = block_size
         self._attention = AttentionContext()
         attach_cache(
@@ -69,7 +69,7 @@ class ModelRunner:
         if plan is not None:
             if routing:
                 experts = max(
-                    linear.shape.num_experts
+                    linear.num_experts
                     for run in plan.runs
                     for linear in run.adapter.linears.values()
                 )
@@ -133,5 +133,5 @@ class ModelRunner:
                 runs.append(Run(first, first + count, adapter))
             first += count
         self._plan_key = key
-        self._plan = BatchPlan(runs, self._tables) if runs else None
+        self._plan = BatchPlan(runs, self._adapters) if runs else None
         return self._plan

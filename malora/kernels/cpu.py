@@ -1,0 +1,172 @@
+"""Tokens of a mixed batch on the CPU: each with its own adapter, read where it lies.
+
+A decode step is bound by the bytes of the adapters' rows, so each token reads the rows that it
+needs once, in long stretches, whatever its batch mates are. Threads take tokens in turn and write
+to nothing that another one reads: one parallel region a group of linears, and a result that does
+not depend on the batch. Compiled by numba on first use, and kept in its cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from malora.kernels.resident import FIELDS
+
+# The threads that torch computes with too, where both load the same OpenMP: a second pool would
+# spin against the first.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+_REORDER = {"reassoc", "contract", "nsz"}
+"""Sums may be reordered, to use vectors; infinities and NaN keep their meaning."""
+
+_NUM_FIELDS = len(FIELDS)
+_HEADER_BYTES = 8 * _NUM_FIELDS
+_BASIS, _ROUTER, _COEFFICIENTS, _UP = (FIELDS.index(f) for f in FIELDS[:4])
+_NUM_EXPERTS, _TOP_K, _RANK, _BASIS_DIM = (FIELDS.index(f) for f in FIELDS[4:8])
+_STRIDE, _ROUTER_READS_BASIS = (FIELDS.index(f) for f in FIELDS[8:])
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any, like: Any) -> Any:  # noqa: ARG001
+    """A pointer to elements of the array `like`'s type."""
+
+    def cast(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), cast
+
+
+@njit(fastmath=_REORDER, cache=True)
+def _dots(out, rows, x):  # type: ignore[no-untyped-def]
+    """out[i] = rows[i] · x."""
+    for i in range(0, rows.shape[0] - 1, 2):
+        first, second = rows[i], rows[i + 1]
+        a = b = x.dtype.type(0)
+        for column in range(x.shape[0]):
+            a += first[column] * x[column]
+            b += second[column] * x[column]
+        out[i], out[i + 1] = a, b
+    if rows.shape[0] % 2:
+        last = rows[rows.shape[0] - 1]
+        a = x.dtype.type(0)
+        for column in range(x.shape[0]):
+            a += last[column] * x[column]
+        out[rows.shape[0] - 1] = a
+
+
+@njit(fastmath=_REORDER, cache=True)
+def _add_rows(out, rows, weights):  # type: ignore[no-untyped-def]
+    """out += Σ weights[i] · rows[i]; four rows at a time, so that `out` is read less often."""
+    fours = rows.shape[0] // 4 * 4
+    for i in range(0, fours, 4):
+        a, b, c, d = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
+        u, v, w, z = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
+        for column in range(out.shape[0]):
+            out[column] += u * a[column] + v * b[column] + w * c[column] + z * d[column]
+    for i in range(fours, rows.shape[0]):
+        row, weight = rows[i], weights[i]
+        for column in range(out.shape[0]):
+            out[column] += weight * row[column]
+
+
+@njit(fastmath=_REORDER, cache=True)
+def _route(site, z, x, taken):  # type: ignore[no-untyped-def]
+    """The experts that a token takes and their gates; `taken` (N or more,) adds the gates up.
+
+    The renormalised top-k of a softmax is the softmax of the top-k logits.
+    """
+    count, top_k = site[_NUM_EXPERTS], site[_TOP_K]
+    source = z if site[_ROUTER_READS_BASIS] else x
+    logits = np.empty(count, x.dtype)
+    _dots(logits, carray(_pointer(site[_ROUTER], x), (count, source.shape[0])), source)
+    experts = np.empty(top_k, np.int64)
+    gates = np.empty(top_k, x.dtype)
+    for i in range(top_k):
+        best = 0
+        for expert in range(1, count):
+            if logits[expert] > logits[best]:
+                best = expert
+        experts[i], gates[i] = best, logits[best]
+        logits[best] = -np.inf
+    gates = np.exp(gates - gates[0])
+    gates /= gates.sum()
+    if taken.shape[0] > 0:
+        for i in range(top_k):
+            taken[experts[i]] += gates[i]
+    return experts, gates
+
+
+@njit(fastmath=_REORDER, cache=True)
+def _add_site(out, x, site, taken):  # type: ignore[no-untyped-def]
+    """Add one adapted linear's delta for one token: out (m,), x (n,)."""
+    count, r, d = site[_NUM_EXPERTS], site[_RANK], site[_BASIS_DIM]
+    z = np.empty(d, x.dtype)
+    _dots(z, carray(_pointer(site[_BASIS], x), (d, x.shape[0])), x)
+    up = carray(_pointer(site[_UP], x), (count, r, out.shape[0]))
+    if count == 1:
+        experts, gates = np.zeros(1, np.int64), np.ones(1, x.dtype)
+    else:
+        experts, gates = _route(site, z, x, taken)
+    coordinates = np.empty(r, x.dtype)
+    for i in range(experts.shape[0]):
+        expert = experts[i]
+        if site[_COEFFICIENTS]:
+            _dots(coordinates, carray(_pointer(site[_COEFFICIENTS], x), (count, r, d))[expert], z)
+        else:
+            start = expert * site[_STRIDE]
+            coordinates[:] = z[start : start + r]
+        coordinates *= gates[i]
+        _add_rows(out, up[expert], coordinates)
+
+
+@njit(fastmath=_REORDER, cache=True, parallel=True, nogil=True)
+def _add_tokens(out, x, tokens, headers, columns, taken, layer, workers):  # type: ignore[no-untyped-def]
+    for worker in prange(workers):
+        for i in range(worker, tokens.shape[0], workers):
+            token = tokens[i]
+            for number in range(columns.shape[0]):
+                address = headers[i] + number * _HEADER_BYTES
+                site = carray(_pointer(address, tokens), _NUM_FIELDS)
+                if site[_BASIS]:
+                    _add_site(
+                        out[token, columns[number, 0] : columns[number, 1]],
+                        x[token],
+                        site,
+                        taken[token, layer],
+                    )
+
+
+def add_tokens(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    tokens: NDArray[np.int64],
+    headers: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    taken: torch.Tensor | None,
+    layer: int,
+) -> None:
+    """Add each token's adapter to the base product of one group of linears, in place.
+
+    out: (T, m), x: (T, n), contiguous, both float32 or both float64, as are the adapters.
+    tokens: (P,) rows of x and out, each once; headers: (P,) the addresses of their adapters'
+    header rows for the group's sites; columns: (sites, 2), where each site's columns of `out`
+    start and stop. taken: (T, layers, N) float32, to which the gates are added at `layer`.
+    """
+    counted = np.empty((len(x), layer + 1, 0), np.float32) if taken is None else taken.numpy()
+    _add_tokens(
+        out.numpy(), x.numpy(), tokens, headers, columns, counted, layer, torch.get_num_threads()
+    )
+
+
+def compile_kernels() -> None:
+    """Compile for float32, or read it from numba's cache, before the first request needs it."""
+    x = torch.zeros((0, 1))
+    nothing = np.zeros(0, np.int64)
+    add_tokens(x, x, nothing, nothing, np.zeros((0, 2), np.int64), None, 0)

@@ -24,9 +24,9 @@ from malora.kernels import cpu
 from malora.kernels.resident import Group, ResidentAdapter, ResidentAdapters, Site
 from malora.router import gates
 
-DENSE_TOKENS = 32
-"""A run of this many tokens of one adapter takes the dense form: three products over its tables
-beat reading the same rows for each token."""
+DENSE_TOKENS = 64
+"""A run of this many tokens of one adapter, times the experts for each that a token takes, is
+faster in the dense form, which computes every expert but reads each row once a run."""
 
 
 @dataclass(frozen=True)
@@ -208,13 +208,18 @@ class _GroupPlan:
         dense: dict[tuple[_Shape, tuple[Site, ...]], list[Run]] = {}
         short = []
         for run in runs:
-            if run.stop - run.start >= dense_tokens:
+            if run.stop - run.start >= dense_tokens * _experts_for_each_taken(group, run.adapter):
                 for shape, sites in _sites_by_shape(group, run.adapter).items():
                     dense.setdefault((shape, tuple(sites)), []).append(run)
             else:
                 short.append(run)
         self.tokens = _Tokens(group, short) if short else None
         self.dense = [_Dense(group, shape, sites, of) for (shape, sites), of in dense.items()]
+
+
+def _experts_for_each_taken(group: Group, adapter: ResidentAdapter) -> float:
+    linears = (adapter.linears.get(site.path) for site in group.sites)
+    return max((x.num_experts / x.top_k for x in linears if x is not None), default=1.0)
 
 
 def _sites_by_shape(group: Group, adapter: ResidentAdapter) -> dict[_Shape, list[Site]]:
@@ -238,7 +243,7 @@ class BatchPlan:
         self.routing: Routing | None = None
         """Set for a step that reports the gates its tokens took."""
         self._dtype = adapters.dtype
-        self._dense_tokens = DENSE_TOKENS if adapters.device.type == "cpu" else 1
+        self._dense_tokens = DENSE_TOKENS if adapters.device.type == "cpu" else 0
         self._groups: dict[Group, _GroupPlan] = {}
 
     def add_to(self, out: Tensor, x: Tensor, group: Group) -> None:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from malora.format import AdaptedLinear, RouterInput
-from malora.kernels import cpu
 from malora.kernels.resident import Group, ResidentAdapter, ResidentAdapters, Site
 from malora.router import gates
 
@@ -71,25 +71,6 @@ class _Shape:
             "learned" if linear.coefficients is not None else "identity" if identity else "block",
             linear.router_input,
         )
-
-
-class _Tokens:
-    """The tokens of short runs, each with its own adapter."""
-
-    def __init__(self, group: Group, runs: Sequence[Run]) -> None:
-        self._layer = group.layer
-        counts = [run.stop - run.start for run in runs]
-        self._tokens = np.concatenate([np.arange(run.start, run.stop) for run in runs])
-        self._headers = np.repeat([run.adapter.header_address(group) for run in runs], counts)
-        self._columns = np.array([(site.start, site.start + site.width) for site in group.sites])
-
-    def add_to(self, out: Tensor, x: Tensor, routing: Routing | None) -> None:
-        """out: (T, m), changed in place."""
-        delta = out if out.dtype == x.dtype else torch.zeros_like(out, dtype=x.dtype)
-        taken = None if routing is None else routing.gates
-        cpu.add_tokens(delta, x, self._tokens, self._headers, self._columns, taken, self._layer)
-        if delta is not out:
-            out += delta.to(out.dtype)
 
 
 @dataclass(frozen=True)
@@ -201,34 +182,40 @@ class _Dense:
                 out[:, columns] += (part @ up).to(out.dtype)
 
 
-class _GroupPlan:
-    """What one group does for one composition of the batch."""
+class TokenPlan(Protocol):
+    """The tokens of short runs, each with its own adapter."""
 
-    def __init__(self, group: Group, runs: Sequence[Run], dense_tokens: int) -> None:
-        dense: dict[tuple[_Shape, tuple[Site, ...]], list[Run]] = {}
-        short = []
-        for run in runs:
-            if run.stop - run.start >= dense_tokens * _experts_for_each_taken(group, run.adapter):
-                for shape, sites in _sites_by_shape(group, run.adapter).items():
-                    dense.setdefault((shape, tuple(sites)), []).append(run)
-            else:
-                short.append(run)
-        self.tokens = _Tokens(group, short) if short else None
-        self.dense = [_Dense(group, shape, sites, of) for (shape, sites), of in dense.items()]
+    def add_to(self, out: Tensor, x: Tensor, group: Group, taken: Tensor | None = None) -> None:
+        """Add every token's adapter to the base product, in place.
+
+        x: (T, n), out: (T, m), contiguous, of the adapters' dtype. taken: (T, layers, N) float32,
+        to which the gates are added, or None.
+        """
 
 
-def _experts_for_each_taken(group: Group, adapter: ResidentAdapter) -> float:
-    linears = (adapter.linears.get(site.path) for site in group.sites)
-    return max((x.num_experts / x.top_k for x in linears if x is not None), default=1.0)
+def _token_plan(headers: NDArray[np.int64], adapters: ResidentAdapters) -> TokenPlan:
+    """headers: (T,) the addresses of the tokens' adapters' headers, 0 for none."""
+    if adapters.device.type == "cpu":
+        from malora.kernels import cpu
+
+        return cpu.TokenPlan(headers)
+    from malora.kernels import triton
+
+    return triton.TokenPlan(torch.from_numpy(headers).to(adapters.device), adapters.sizes)
 
 
-def _sites_by_shape(group: Group, adapter: ResidentAdapter) -> dict[_Shape, list[Site]]:
-    sites: dict[_Shape, list[Site]] = {}
-    for site in group.sites:
-        linear = adapter.linears.get(site.path)
-        if linear is not None:
-            sites.setdefault(_Shape.of(linear), []).append(site)
-    return sites
+def _dense_plans(group: Group, runs: Sequence[Run]) -> list[_Dense]:
+    """The group's part of the long runs, those with the same sites and shapes together."""
+    alike: dict[tuple[_Shape, tuple[Site, ...]], list[Run]] = {}
+    for run in runs:
+        sites: dict[_Shape, list[Site]] = {}
+        for site in group.sites:
+            linear = run.adapter.linears.get(site.path)
+            if linear is not None:
+                sites.setdefault(_Shape.of(linear), []).append(site)
+        for shape, of in sites.items():
+            alike.setdefault((shape, tuple(of)), []).append(run)
+    return [_Dense(group, shape, sites, of) for (shape, sites), of in alike.items()]
 
 
 class BatchPlan:
@@ -238,24 +225,37 @@ class BatchPlan:
     be in order and must not overlap.
     """
 
-    def __init__(self, runs: Sequence[Run], adapters: ResidentAdapters) -> None:
+    def __init__(self, runs: Sequence[Run], num_tokens: int, adapters: ResidentAdapters) -> None:
         self.runs = runs
         self.routing: Routing | None = None
         """Set for a step that reports the gates its tokens took."""
         self._dtype = adapters.dtype
-        self._dense_tokens = DENSE_TOKENS if adapters.device.type == "cpu" else 0
-        self._groups: dict[Group, _GroupPlan] = {}
+        self._long = [
+            run
+            for run in runs
+            if run.stop - run.start >= DENSE_TOKENS * run.adapter.experts_for_each_taken
+        ]
+        self._dense: dict[Group, list[_Dense]] = {}
+        headers = np.zeros(num_tokens, np.int64)
+        for run in runs:
+            if run not in self._long:
+                headers[run.start : run.stop] = run.adapter.headers.data_ptr()
+        self._tokens = _token_plan(headers, adapters) if headers.any() else None
 
     def add_to(self, out: Tensor, x: Tensor, group: Group) -> None:
         """Add every token's adapter to the base product, in place.
 
         x: (T, n), the group's input. out: (T, m), the group's base output. Both contiguous.
         """
-        plan = self._groups.get(group)
-        if plan is None:
-            plan = self._groups[group] = _GroupPlan(group, self.runs, self._dense_tokens)
         x = x.to(self._dtype)
-        if plan.tokens is not None:
-            plan.tokens.add_to(out, x, self.routing)
-        for dense in plan.dense:
-            dense.add_to(out, x, self.routing)
+        if self._tokens is not None:
+            delta = out if out.dtype == x.dtype else torch.zeros_like(out, dtype=x.dtype)
+            taken = None if self.routing is None else self.routing.gates
+            self._tokens.add_to(delta, x, group, taken)
+            if delta is not out:
+                out += delta.to(out.dtype)
+        if self._long:
+            if group not in self._dense:
+                self._dense[group] = _dense_plans(group, self._long)
+            for dense in self._dense[group]:
+                dense.add_to(out, x, self.routing)

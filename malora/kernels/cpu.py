@@ -8,6 +8,7 @@ not depend on the batch. Compiled by numba on first use, and kept in its cache.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numba
@@ -17,7 +18,7 @@ from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from malora.kernels.resident import FIELDS
+from malora.kernels.resident import FIELDS, Group, Site
 
 # The threads that torch computes with too, where both load the same OpenMP: a second pool would
 # spin against the first.
@@ -127,12 +128,12 @@ def _add_site(out, x, site, taken):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=_REORDER, cache=True, parallel=True, nogil=True)
-def _add_tokens(out, x, tokens, headers, columns, taken, layer, workers):  # type: ignore[no-untyped-def]
+def _add_tokens(out, x, tokens, headers, first_site, columns, taken, layer, workers):  # type: ignore[no-untyped-def]
     for worker in prange(workers):
         for i in range(worker, tokens.shape[0], workers):
             token = tokens[i]
             for number in range(columns.shape[0]):
-                address = headers[i] + number * _HEADER_BYTES
+                address = headers[i] + (first_site + number) * _HEADER_BYTES
                 site = carray(_pointer(address, tokens), _NUM_FIELDS)
                 if site[_BASIS]:
                     _add_site(
@@ -143,30 +144,42 @@ def _add_tokens(out, x, tokens, headers, columns, taken, layer, workers):  # typ
                     )
 
 
-def add_tokens(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    tokens: NDArray[np.int64],
-    headers: NDArray[np.int64],
-    columns: NDArray[np.int64],
-    taken: torch.Tensor | None,
-    layer: int,
-) -> None:
-    """Add each token's adapter to the base product of one group of linears, in place.
+class TokenPlan:
+    """Each token's adapter: (T,) addresses of headers, 0 for none."""
 
-    out: (T, m), x: (T, n), contiguous, both float32 or both float64, as are the adapters.
-    tokens: (P,) rows of x and out, each once; headers: (P,) the addresses of their adapters'
-    header rows for the group's sites; columns: (sites, 2), where each site's columns of `out`
-    start and stop. taken: (T, layers, N) float32, to which the gates are added at `layer`.
-    """
-    counted = np.empty((len(x), layer + 1, 0), np.float32) if taken is None else taken.numpy()
-    _add_tokens(
-        out.numpy(), x.numpy(), tokens, headers, columns, counted, layer, torch.get_num_threads()
-    )
+    def __init__(self, headers: NDArray[np.int64]) -> None:
+        self._tokens = np.flatnonzero(headers)
+        self._headers = headers[self._tokens]
+
+    def add_to(
+        self, out: torch.Tensor, x: torch.Tensor, group: Group, taken: torch.Tensor | None = None
+    ) -> None:
+        """Add every token's adapter to the base product, in place.
+
+        x: (T, n), out: (T, m), contiguous, both float32 or both float64, as are the adapters.
+        taken: (T, layers, N) float32, to which the gates are added.
+        """
+        layer = group.layer
+        _add_tokens(
+            out.numpy(),
+            x.numpy(),
+            self._tokens,
+            self._headers,
+            group.first_site,
+            _columns(group),
+            np.empty((len(x), layer + 1, 0), np.float32) if taken is None else taken.numpy(),
+            layer,
+            torch.get_num_threads(),
+        )
+
+
+@cache
+def _columns(group: Group) -> NDArray[np.int64]:
+    """(sites, 2): where each site's columns start and stop."""
+    return np.array([(site.start, site.start + site.width) for site in group.sites])
 
 
 def compile_kernels() -> None:
     """Compile for float32, or read it from numba's cache, before the first request needs it."""
     x = torch.zeros((0, 1))
-    nothing = np.zeros(0, np.int64)
-    add_tokens(x, x, nothing, nothing, np.zeros((0, 2), np.int64), None, 0)
+    TokenPlan(np.zeros(0, np.int64)).add_to(x, x, Group(0, 1, (Site("", 0, 1),)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,9 +69,27 @@ class ResidentAdapter:
     num_bytes: int
     basis_key: bytes
 
-    def header_address(self, group: Group) -> int:
-        """Where the rows of the group's sites begin."""
-        return self.headers.data_ptr() + group.first_site * self.headers.stride(0) * 8
+    @cached_property
+    def experts_for_each_taken(self) -> float:
+        """The most of any linear: how much more computing all of them is."""
+        return max(x.num_experts / x.top_k for x in self.linears.values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The largest sizes among adapters: what scratch memory and tiles must hold."""
+
+    coordinates: int = 16
+    """Of one linear: its basis' dimension and its number of experts."""
+    num_experts: int = 8
+
+    def including(self, linears: Iterable[AdaptedLinear]) -> Sizes:
+        """These sizes, grown to fit more."""
+        coordinates, num_experts = self.coordinates, self.num_experts
+        for linear in linears:
+            coordinates = max(coordinates, linear.basis_dim + linear.num_experts)
+            num_experts = max(num_experts, linear.num_experts)
+        return Sizes(coordinates, num_experts)
 
 
 @dataclass
@@ -89,6 +108,8 @@ class ResidentAdapters:
         self.dtype = dtype
         self.device = device
         self._paths = [site.path for group in groups for site in group.sites]
+        self.sizes = Sizes()
+        """Of all adapters that have been resident."""
         self._bases: dict[bytes, _SharedBasis] = {}
         self._adapters: set[ResidentAdapter] = set()
 
@@ -124,6 +145,7 @@ class ResidentAdapters:
             digest, resident, headers.to(self.device), memory.nbytes + headers.nbytes, key
         )
         self._adapters.add(adapter)
+        self.sizes = self.sizes.including(resident.values())
         return adapter
 
     def remove(self, adapter: ResidentAdapter) -> None:

@@ -1,4 +1,7 @@
-"""The mixed batch against the plain reference: any adapters, any tokens, any order."""
+"""The mixed batch against the plain reference: any adapters, any tokens, any order.
+
+The GPU's kernels run here too: on a GPU where there is one, in Triton's interpreter elsewhere.
+"""
 
 import dataclasses
 
@@ -7,20 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from malora.format import AdaptedLinear
-from malora.kernels import reference
+from malora.kernels import reference, triton
 from malora.kernels.batched import DENSE_TOKENS, BatchPlan, Routing, Run
 from malora.kernels.resident import Group, ResidentAdapters, Site
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N_IN = 24
 GROUP = Group(0, N_IN, (Site("q", 0, 20), Site("k", 20, 12), Site("v", 32, 12)))
 WIDTH = 44
 RUN_LENGTHS = [1, 1, 1, 2, 3, DENSE_TOKENS + 1, 4 * DENSE_TOKENS]
 
 
-def make_linear(
-    generator: torch.Generator, kind: str, out: int, experts: int, k: int, r: int, d: int
-):
+def make_linear(generator, kind, out, experts, k, r, d, n_in=N_IN):
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
@@ -33,9 +35,9 @@ def make_linear(
     router_input = "basis" if kind == "malora-basis" else "hidden"
     router = None
     if experts > 1:
-        router = rand(experts, d if router_input == "basis" else N_IN)
+        router = rand(experts, d if router_input == "basis" else n_in)
     return AdaptedLinear(
-        basis=rand(d, N_IN) / 5,
+        basis=rand(d, n_in) / 5,
         up=rand(experts, out, r),
         coefficients=rand(experts, r, d) / 5 if kind.startswith("malora") else None,
         router=router,
@@ -59,12 +61,12 @@ adapters_strategy = st.lists(
 )
 
 
-def expected(x, out, runs, linears):
+def expected(x, out, runs, linears, sites=GROUP.sites):
     want = out.double().clone()
     for start, stop, index in runs:
         if index is None:
             continue
-        for site in GROUP.sites:
+        for site in sites:
             if site.path in linears[index]:
                 delta, _ = reference.delta(x[start:stop], linears[index][site.path])
                 want[start:stop, site.start : site.start + site.width] += delta
@@ -99,7 +101,9 @@ def test_any_mix_equals_the_reference(specs, counts, seed):
     x = torch.randn(position, N_IN, generator=generator)
     out = torch.randn(position, WIDTH, generator=generator)
     want = expected(x, out, runs, linears)
-    plan = BatchPlan([Run(a, b, resident[i]) for a, b, i in runs if i is not None], adapters)
+    plan = BatchPlan(
+        [Run(a, b, resident[i]) for a, b, i in runs if i is not None], position, adapters
+    )
     got = out.clone()
     plan.add_to(got, x, GROUP)
     torch.testing.assert_close(got.double(), want, atol=2e-4, rtol=1e-4)
@@ -120,7 +124,7 @@ def test_the_gates_a_token_took_are_reported():
     x = torch.randn(count, N_IN, generator=generator)
     want = sum(reference.delta(x, linear)[1] for linear in linears.values())
     for runs in ([Run(0, count, adapter)], [Run(i, i + 1, adapter) for i in range(1, count)]):
-        plan = BatchPlan(runs, adapters)
+        plan = BatchPlan(runs, count, adapters)
         plan.routing = Routing(count, 1, 4, CPU)
         plan.add_to(torch.zeros(count, WIDTH), x, GROUP)
         first = runs[0].start
@@ -139,10 +143,12 @@ def test_a_token_does_not_see_its_batch_mates():
     ]
     x = torch.randn(6, N_IN, generator=generator)
     together = torch.zeros(6, WIDTH)
-    BatchPlan([Run(i, i + 1, residents[i]) for i in range(6)], adapters).add_to(together, x, GROUP)
+    BatchPlan([Run(i, i + 1, residents[i]) for i in range(6)], 6, adapters).add_to(
+        together, x, GROUP
+    )
     for i in range(6):
         alone = torch.zeros(1, WIDTH)
-        BatchPlan([Run(0, 1, residents[i])], adapters).add_to(alone, x[i : i + 1], GROUP)
+        BatchPlan([Run(0, 1, residents[i])], 1, adapters).add_to(alone, x[i : i + 1], GROUP)
         torch.testing.assert_close(alone[0], together[i], atol=1e-6, rtol=1e-5)
 
 
@@ -159,7 +165,7 @@ def test_a_shared_basis_is_stored_once_and_kept_until_its_last_user_goes():
     assert adapters.num_bytes() == alone
     x = torch.randn(2, N_IN, generator=generator)
     out = torch.zeros(2, WIDTH)
-    BatchPlan([Run(0, 2, second)], adapters).add_to(out, x, GROUP)
+    BatchPlan([Run(0, 2, second)], 2, adapters).add_to(out, x, GROUP)
     torch.testing.assert_close(
         out[:, :20].double(), reference.delta(x, two)[0], atol=1e-4, rtol=1e-4
     )
@@ -174,7 +180,63 @@ def test_half_precision_inputs_are_widened():
     adapter = adapters.add("a", {"q": linear})
     x = torch.randn(3, N_IN, generator=generator).bfloat16()
     out = torch.zeros(3, WIDTH, dtype=torch.bfloat16)
-    BatchPlan([Run(0, 3, adapter)], adapters).add_to(out, x, GROUP)
+    BatchPlan([Run(0, 3, adapter)], 3, adapters).add_to(out, x, GROUP)
     want = reference.delta(x.double(), linear)[0]
     error = (out[:, :20].double() - want).norm() / want.norm()
     assert 0 < error < 0.01
+
+
+def token_adapters(counts, residents, num_specs):
+    headers = []
+    for n, index in counts:
+        address = 0 if index < 0 else residents[index % num_specs].headers.data_ptr()
+        headers += [address] * n
+    return torch.tensor(headers, device=GPU)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    specs=adapters_strategy,
+    counts=st.lists(st.tuples(st.integers(1, 3), st.integers(-1, 4)), min_size=1, max_size=4),
+    sizes=st.sampled_from([(24, 20, 12, 12), (32, 24, 16, 16), (40, 600, 8, 8)]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, seed):
+    n, *widths = sizes
+    starts = [sum(widths[:i]) for i in range(3)]
+    sites = [Site(*site) for site in zip("qkv", starts, widths, strict=True)]
+    # Sites of another group lie before these in every header.
+    group = Group(0, n, tuple(sites), first_site=1)
+    before = Group(0, n, (Site("other", 0, 8),))
+    generator = torch.Generator().manual_seed(seed)
+    linears = [
+        {
+            site.path: make_linear(generator, kind, site.width, experts, k, r, d, n)
+            for site in sites
+            if site.path in paths
+        }
+        for kind, experts, k, r, d, paths in specs
+    ]
+    adapters = ResidentAdapters([before, group], torch.float32, GPU)
+    residents = [adapters.add(str(i), linear) for i, linear in enumerate(linears)]
+    headers = token_adapters(counts, residents, len(specs))
+    x = torch.randn(len(headers), n, generator=generator)
+    out = torch.randn(len(headers), sum(widths), generator=generator)
+    runs, position = [], 0
+    for length, index in counts:
+        runs.append((position, position + length, None if index < 0 else index % len(specs)))
+        position += length
+    want = expected(x, out, runs, linears, sites)
+    got, taken = out.to(GPU), torch.zeros(len(headers), 2, 5, device=GPU)
+    triton.TokenPlan(headers, adapters.sizes).add_to(got, x.to(GPU), group, taken)
+    torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-4)
+    assert not taken[:, 1].any()
+    for start, stop, index in runs:
+        if index is not None:
+            routed = [x for x in linears[index].values() if x.num_experts > 1]
+            gates = torch.zeros(stop - start, 5, dtype=torch.float64)
+            for linear in routed:
+                gates[:, : linear.num_experts] += reference.delta(x[start:stop], linear)[1]
+            torch.testing.assert_close(
+                taken[start:stop, 0].double().cpu(), gates, atol=1e-5, rtol=1e-4
+            )

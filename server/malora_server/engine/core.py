@@ -12,7 +12,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from malora.kernels import cpu
 from malora.kernels.batched import Routing
 from malora.kernels.resident import ResidentAdapter, ResidentAdapters
 from malora_server.adapters.store import AdapterStore
@@ -60,6 +59,8 @@ class EngineCore:
         loaded = load_model(config.base, config.dtype, device)
         self._loaded = loaded
         if device.type == "cpu":  # whose kernel reads single precision
+            from malora.kernels import cpu
+
             cpu.compile_kernels()
             resident = ResidentAdapters(loaded.groups, torch.float32, device)
         else:

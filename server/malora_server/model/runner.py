@@ -133,5 +133,5 @@ class ModelRunner:
                 runs.append(Run(first, first + count, adapter))
             first += count
         self._plan_key = key
-        self._plan = BatchPlan(runs, self._adapters) if runs else None
+        self._plan = BatchPlan(runs, first, self._adapters) if runs else None
         return self._plan

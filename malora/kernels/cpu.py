@@ -8,6 +8,7 @@ not depend on the batch. Compiled by numba on first use, and kept in its cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,9 @@ from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from malora.kernels.resident import FIELDS, Group, Site
+from malora.kernels.batched import Routing, Run
+from malora.kernels.long_runs import LongRuns, long_runs
+from malora.kernels.resident import FIELDS, Group
 
 # The threads that torch computes with too, where both load the same OpenMP: a second pool would
 # spin against the first.
@@ -144,33 +147,63 @@ def _add_tokens(out, x, tokens, headers, first_site, columns, taken, layer, work
                     )
 
 
-class TokenPlan:
-    """Each token's adapter: (T,) addresses of headers, 0 for none."""
+_NOT_TAKEN = np.empty((1, 1, 0), np.float32)
+"""For `_add_tokens`, where nobody asked which experts tokens took."""
 
-    def __init__(self, headers: NDArray[np.int64]) -> None:
+DENSE_TOKENS = 64
+"""A run of this many tokens of one adapter, times the experts for each that a token takes, is
+faster in the dense form, which computes every expert but reads each row once a run."""
+
+
+class CpuPlan:
+    """A batch's adapters on the CPU: long runs in the dense form, other tokens one by one."""
+
+    def __init__(self, runs: Sequence[Run], num_tokens: int, dtype: torch.dtype) -> None:
+        """dtype: the adapters'."""
+        self.routing: Routing | None = None
+        self._dtype = dtype
+        self._long = [
+            run
+            for run in runs
+            if run.stop - run.start >= DENSE_TOKENS * run.adapter.experts_for_each_taken
+        ]
+        self._dense: dict[Group, list[LongRuns]] = {}
+        headers = np.zeros(num_tokens, np.int64)
+        for run in runs:
+            if run not in self._long:
+                headers[run.start : run.stop] = run.adapter.headers.data_ptr()
         self._tokens = np.flatnonzero(headers)
         self._headers = headers[self._tokens]
 
-    def add_to(
-        self, out: torch.Tensor, x: torch.Tensor, group: Group, taken: torch.Tensor | None = None
-    ) -> None:
+    def begin(self, x: torch.Tensor, group: Group) -> None:
+        """Nothing: the same cores make the base product."""
+
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
         """Add every token's adapter to the base product, in place.
 
-        x: (T, n), out: (T, m), contiguous, both float32 or both float64, as are the adapters.
-        taken: (T, layers, N) float32, to which the gates are added.
+        x: (T, n), out: (T, m), contiguous.
         """
-        layer = group.layer
-        _add_tokens(
-            out.numpy(),
-            x.numpy(),
-            self._tokens,
-            self._headers,
-            group.first_site,
-            _columns(group),
-            np.empty((len(x), layer + 1, 0), np.float32) if taken is None else taken.numpy(),
-            layer,
-            torch.get_num_threads(),
-        )
+        x = x.to(self._dtype)
+        if len(self._tokens):
+            delta = out if out.dtype == x.dtype else torch.zeros_like(out, dtype=x.dtype)
+            _add_tokens(
+                delta.numpy(),
+                x.numpy(),
+                self._tokens,
+                self._headers,
+                group.first_site,
+                _columns(group),
+                _NOT_TAKEN if self.routing is None else self.routing.gates.numpy(),
+                group.layer,
+                torch.get_num_threads(),
+            )
+            if delta is not out:
+                out += delta.to(out.dtype)
+        if self._long:
+            if group not in self._dense:
+                self._dense[group] = long_runs(group, self._long)
+            for dense in self._dense[group]:
+                dense.add_to(out, x, self.routing)
 
 
 @cache
@@ -181,5 +214,5 @@ def _columns(group: Group) -> NDArray[np.int64]:
 
 def compile_kernels() -> None:
     """Compile for float32, or read it from numba's cache, before the first request needs it."""
-    x = torch.zeros((0, 1))
-    TokenPlan(np.zeros(0, np.int64)).add_to(x, x, Group(0, 1, (Site("", 0, 1),)))
+    x, none = np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
+    _add_tokens(x, x, none, none, 0, np.zeros((0, 2), np.int64), _NOT_TAKEN, 0, 1)

@@ -74,22 +74,32 @@ class ResidentAdapter:
         """The most of any linear: how much more computing all of them is."""
         return max(x.num_experts / x.top_k for x in self.linears.values())
 
+    @cached_property
+    def projection_key(self) -> bytes | ResidentAdapter:
+        """Equal for adapters whose reads of a linear's input are one: their basis, no router."""
+        if any(x.router is not None and x.router_input == "hidden" for x in self.linears.values()):
+            return self
+        return self.basis_key
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """The largest sizes among adapters: what scratch memory and tiles must hold."""
+    """The largest sizes of one linear among adapters: what scratch memory and tiles must hold."""
 
-    coordinates: int = 16
-    """Of one linear: its basis' dimension and its number of experts."""
+    reads: int = 32
+    """Rows that read the linear's input: the basis' and the router's."""
     num_experts: int = 8
+    rows: int = 64
+    """Rows of the up-projections of all experts."""
 
     def including(self, linears: Iterable[AdaptedLinear]) -> Sizes:
         """These sizes, grown to fit more."""
-        coordinates, num_experts = self.coordinates, self.num_experts
+        reads, num_experts, rows = self.reads, self.num_experts, self.rows
         for linear in linears:
-            coordinates = max(coordinates, linear.basis_dim + linear.num_experts)
+            reads = max(reads, linear.basis_dim + linear.num_experts)
             num_experts = max(num_experts, linear.num_experts)
-        return Sizes(coordinates, num_experts)
+            rows = max(rows, linear.num_experts * linear.r)
+        return Sizes(reads, num_experts, rows)
 
 
 @dataclass
@@ -121,7 +131,8 @@ class ResidentAdapters:
     def add(self, digest: str, linears: dict[str, AdaptedLinear]) -> ResidentAdapter:
         """Copy an adapter's weights to the device."""
         packed = _pack((x.basis for x in linears.values()), self.dtype)
-        key = hashlib.sha256(packed.numpy().data).digest()
+        names = repr([(path, x.basis.shape) for path, x in linears.items()]).encode()
+        key = hashlib.sha256(names + packed.numpy().tobytes()).digest()
         if key not in self._bases:
             self._bases[key] = _SharedBasis(packed.to(self.device))
         self._bases[key].users += 1

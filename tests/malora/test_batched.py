@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from malora.format import AdaptedLinear
 from malora.kernels import reference, triton
-from malora.kernels.batched import DENSE_TOKENS, BatchPlan, Routing, Run
+from malora.kernels.batched import Routing, Run, plan_batch
+from malora.kernels.cpu import DENSE_TOKENS
 from malora.kernels.resident import Group, ResidentAdapters, Site
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_any_mix_equals_the_reference(specs, counts, seed):
     x = torch.randn(position, N_IN, generator=generator)
     out = torch.randn(position, WIDTH, generator=generator)
     want = expected(x, out, runs, linears)
-    plan = BatchPlan(
+    plan = plan_batch(
         [Run(a, b, resident[i]) for a, b, i in runs if i is not None], position, adapters
     )
     got = out.clone()
@@ -124,7 +125,7 @@ def test_the_gates_a_token_took_are_reported():
     x = torch.randn(count, N_IN, generator=generator)
     want = sum(reference.delta(x, linear)[1] for linear in linears.values())
     for runs in ([Run(0, count, adapter)], [Run(i, i + 1, adapter) for i in range(1, count)]):
-        plan = BatchPlan(runs, count, adapters)
+        plan = plan_batch(runs, count, adapters)
         plan.routing = Routing(count, 1, 4, CPU)
         plan.add_to(torch.zeros(count, WIDTH), x, GROUP)
         first = runs[0].start
@@ -143,12 +144,12 @@ def test_a_token_does_not_see_its_batch_mates():
     ]
     x = torch.randn(6, N_IN, generator=generator)
     together = torch.zeros(6, WIDTH)
-    BatchPlan([Run(i, i + 1, residents[i]) for i in range(6)], 6, adapters).add_to(
+    plan_batch([Run(i, i + 1, residents[i]) for i in range(6)], 6, adapters).add_to(
         together, x, GROUP
     )
     for i in range(6):
         alone = torch.zeros(1, WIDTH)
-        BatchPlan([Run(0, 1, residents[i])], 1, adapters).add_to(alone, x[i : i + 1], GROUP)
+        plan_batch([Run(0, 1, residents[i])], 1, adapters).add_to(alone, x[i : i + 1], GROUP)
         torch.testing.assert_close(alone[0], together[i], atol=1e-6, rtol=1e-5)
 
 
@@ -165,7 +166,7 @@ def test_a_shared_basis_is_stored_once_and_kept_until_its_last_user_goes():
     assert adapters.num_bytes() == alone
     x = torch.randn(2, N_IN, generator=generator)
     out = torch.zeros(2, WIDTH)
-    BatchPlan([Run(0, 2, second)], 2, adapters).add_to(out, x, GROUP)
+    plan_batch([Run(0, 2, second)], 2, adapters).add_to(out, x, GROUP)
     torch.testing.assert_close(
         out[:, :20].double(), reference.delta(x, two)[0], atol=1e-4, rtol=1e-4
     )
@@ -180,24 +181,16 @@ def test_half_precision_inputs_are_widened():
     adapter = adapters.add("a", {"q": linear})
     x = torch.randn(3, N_IN, generator=generator).bfloat16()
     out = torch.zeros(3, WIDTH, dtype=torch.bfloat16)
-    BatchPlan([Run(0, 3, adapter)], 3, adapters).add_to(out, x, GROUP)
+    plan_batch([Run(0, 3, adapter)], 3, adapters).add_to(out, x, GROUP)
     want = reference.delta(x.double(), linear)[0]
     error = (out[:, :20].double() - want).norm() / want.norm()
     assert 0 < error < 0.01
 
 
-def token_adapters(counts, residents, num_specs):
-    headers = []
-    for n, index in counts:
-        address = 0 if index < 0 else residents[index % num_specs].headers.data_ptr()
-        headers += [address] * n
-    return torch.tensor(headers, device=GPU)
-
-
 @settings(max_examples=15, deadline=None)
 @given(
     specs=adapters_strategy,
-    counts=st.lists(st.tuples(st.integers(1, 3), st.integers(-1, 4)), min_size=1, max_size=4),
+    counts=st.lists(st.tuples(st.integers(1, 20), st.integers(-1, 4)), min_size=1, max_size=4),
     sizes=st.sampled_from([(24, 20, 12, 12), (32, 24, 16, 16), (40, 600, 8, 8)]),
     seed=st.integers(0, 2**31),
 )
@@ -219,16 +212,19 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, seed):
     ]
     adapters = ResidentAdapters([before, group], torch.float32, GPU)
     residents = [adapters.add(str(i), linear) for i, linear in enumerate(linears)]
-    headers = token_adapters(counts, residents, len(specs))
-    x = torch.randn(len(headers), n, generator=generator)
-    out = torch.randn(len(headers), sum(widths), generator=generator)
     runs, position = [], 0
     for length, index in counts:
         runs.append((position, position + length, None if index < 0 else index % len(specs)))
         position += length
+    x = torch.randn(position, n, generator=generator)
+    out = torch.randn(position, sum(widths), generator=generator)
     want = expected(x, out, runs, linears, sites)
-    got, taken = out.to(GPU), torch.zeros(len(headers), 2, 5, device=GPU)
-    triton.TokenPlan(headers, adapters.sizes).add_to(got, x.to(GPU), group, taken)
+    plan = triton.GpuPlan(position, adapters)
+    plan.routing = Routing(position, 2, 5, GPU)
+    plan.load([Run(a, b, residents[i]) for a, b, i in runs if i is not None])
+    got, taken = out.to(GPU), plan.routing.gates
+    plan.begin(x.to(GPU), group)
+    plan.add_to(got, x.to(GPU), group)
     torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-4)
     assert not taken[:, 1].any()
     for start, stop, index in runs:

@@ -54,10 +54,13 @@ class LinearGroup(nn.Module):
         return out
 
     def _compute(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight, self.bias)
         plan = self.context.plan
-        if plan is not None:
-            plan.add_to(out.view(-1, out.shape[-1]), x.view(-1, x.shape[-1]), self.group)
+        if plan is None:
+            return F.linear(x, self.weight, self.bias)
+        tokens = x.view(-1, x.shape[-1])
+        plan.begin(tokens, self.group)
+        out = F.linear(x, self.weight, self.bias)
+        plan.add_to(out.view(-1, out.shape[-1]), tokens, self.group)
         return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from malora.kernels.batched import BatchPlan, Routing, Run
+from malora.kernels.batched import BatchPlan, Routing, Run, plan_batch
 from malora.kernels.resident import ResidentAdapter, ResidentAdapters
 from malora_server.model.attention import (
     AttentionContext,
@@ -68,11 +68,7 @@ class ModelRunner:
         gates: Routing | None = None
         if plan is not None:
             if routing:
-                experts = max(
-                    linear.num_experts
-                    for run in plan.runs
-                    for linear in run.adapter.linears.values()
-                )
+                experts = self._adapters.sizes.num_experts
                 gates = Routing(len(token_ids), self._num_layers, experts, device)
             plan.routing = gates
         output = self._loaded.model(
@@ -133,5 +129,5 @@ class ModelRunner:
                 runs.append(Run(first, first + count, adapter))
             first += count
         self._plan_key = key
-        self._plan = BatchPlan(runs, first, self._adapters) if runs else None
+        self._plan = plan_batch(runs, first, self._adapters) if runs else None
         return self._plan

@@ -86,20 +86,19 @@ class ResidentAdapter:
 class Sizes:
     """The largest sizes of one linear among adapters: what scratch memory and tiles must hold."""
 
-    reads: int = 32
-    """Rows that read the linear's input: the basis' and the router's."""
+    basis_dim: int = 16
     num_experts: int = 8
     rows: int = 64
     """Rows of the up-projections of all experts."""
 
     def including(self, linears: Iterable[AdaptedLinear]) -> Sizes:
         """These sizes, grown to fit more."""
-        reads, num_experts, rows = self.reads, self.num_experts, self.rows
+        basis_dim, num_experts, rows = self.basis_dim, self.num_experts, self.rows
         for linear in linears:
-            reads = max(reads, linear.basis_dim + linear.num_experts)
+            basis_dim = max(basis_dim, linear.basis_dim)
             num_experts = max(num_experts, linear.num_experts)
             rows = max(rows, linear.num_experts * linear.r)
-        return Sizes(reads, num_experts, rows)
+        return Sizes(basis_dim, num_experts, rows)
 
 
 @dataclass

@@ -17,6 +17,7 @@ Addresses from a header carry no alignment, and loads through them would be two 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -34,10 +35,10 @@ BASIS, ROUTER, COEFFICIENTS, UP, NUM_EXPERTS, TOP_K, RANK, BASIS_DIM, STRIDE, RE
     tl.constexpr(i) for i in range(len(FIELDS))
 )
 # The rows of a plan's table, each as long as the batch.
-HEADER, ORDER, READ_START, READ_COUNT, READ_HEADER, ADD_START, ADD_COUNT, ADD_HEADER = (
-    tl.constexpr(i) for i in range(8)
+HEADER, ALONE, ORDER, READ_START, READ_COUNT, READ_HEADER, ADD_START, ADD_COUNT, ADD_HEADER = (
+    tl.constexpr(i) for i in range(9)
 )
-_TABLE_ROWS = 8
+_TABLE_ROWS = 9
 
 _VECTOR = 16
 """Bytes of the widest load."""
@@ -61,57 +62,75 @@ def _project(
     num_tokens,
     num_sites,
     h_width,
+    blocks,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PART: tl.constexpr,
+    ALONE_TOKENS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
     """h[part, token, site, row] = (basis; router)[row] · x[token], over the part's columns."""
     item = tl.program_id(0)
     site = tl.program_id(1)
-    part = tl.program_id(2)
+    part = tl.program_id(2) // blocks
+    block = tl.program_id(2) % blocks
     header = tl.load(table + READ_HEADER * num_tokens + item)
     if header == 0:
         return
     row = _row(header, first_site + site)
-    basis = tl.load(row + BASIS)
-    if basis == 0:
+    source = tl.load(row + BASIS)
+    if source == 0:
         return
-    router = tl.load(row + ROUTER)
-    d = tl.load(row + BASIS_DIM)
-    has_logits = (router != 0) & (tl.load(row + READS_BASIS) == 0)
-    total = d + tl.where(has_logits, tl.load(row + NUM_EXPERTS), 0)
-    index = tl.arange(0, TOKENS)
-    mine = index < tl.load(table + READ_COUNT * num_tokens + item)
+    total = tl.load(row + BASIS_DIM)
+    # Blocks of the basis' rows come first, then the router's, where that reads the input.
+    to = h
+    first = block * ROWS
+    if first >= total:
+        first = (block - tl.cdiv(total, ROWS)) * ROWS
+        to += total
+        source = tl.load(row + ROUTER)
+        reads_input = (source != 0) & (tl.load(row + READS_BASIS) == 0)
+        total = tl.where(reads_input, tl.load(row + NUM_EXPERTS), 0)
+        if first >= total:
+            return
+    rows = first + tl.arange(0, ROWS)
+    count = tl.load(table + READ_COUNT * num_tokens + item)
     start = tl.load(table + READ_START * num_tokens + item)
-    tokens = tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0)
     dtype: tl.constexpr = x.dtype.element_ty
-    size: tl.constexpr = dtype.primitive_bitwidth // 8
-    columns = tl.arange(0, COLUMNS)
+    weights = tl.multiple_of(source, ALIGNMENT).to(tl.pointer_type(dtype)) + rows * n
     end = tl.minimum(n, part * PART + PART)
-    for first in range(0, total, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        addresses = tl.where(rows < d, basis + rows * n * size, router + (rows - d) * n * size)
-        weights = tl.multiple_of(addresses, ALIGNMENT).to(tl.pointer_type(dtype))
-        sums = tl.zeros((TOKENS, ROWS), tl.float32)
-        for begin in range(part * PART, end, COLUMNS):
-            inside = begin + columns < end
-            w = tl.load(
-                weights[:, None] + begin + columns[None, :],
-                mask=(rows < total)[:, None] & inside[None, :],
-                other=0.0,
-            )
-            v = tl.load(
-                x + tokens[:, None] * n + begin + columns[None, :],
-                mask=mine[:, None] & inside[None, :],
-                other=0.0,
-            )
-            sums = tl.dot(v, tl.trans(w), sums, input_precision="ieee")
-        at = ((part * num_tokens + tokens) * num_sites + site) * h_width
-        tl.store(
-            h + at[:, None] + rows[None, :], sums, mask=mine[:, None] & (rows < total)[None, :]
+    if ALONE_TOKENS and count == 1:
+        token = tl.load(table + ORDER * num_tokens + start)
+        columns = part * PART + tl.arange(0, PART)
+        v = tl.load(x + token * n + columns, mask=columns < n, other=0.0).to(tl.float32)
+        w = tl.load(
+            weights[:, None] + columns[None, :],
+            mask=(rows < total)[:, None] & (columns < n)[None, :],
+            other=0.0,
         )
+        at = ((part * num_tokens + token) * num_sites + site) * h_width
+        tl.store(to + at + rows, tl.sum(w.to(tl.float32) * v[None, :], 1), mask=rows < total)
+        return
+    index = tl.arange(0, TOKENS)
+    mine = index < count
+    tokens = tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0)
+    sums = tl.zeros((TOKENS, ROWS), tl.float32)
+    for begin in range(part * PART, end, COLUMNS):
+        columns = begin + tl.arange(0, COLUMNS)
+        w = tl.load(
+            weights[:, None] + columns[None, :],
+            mask=(rows < total)[:, None] & (columns < end)[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            x + tokens[:, None] * n + columns[None, :],
+            mask=mine[:, None] & (columns < end)[None, :],
+            other=0.0,
+        )
+        sums = tl.dot(v, tl.trans(w), sums, input_precision="ieee")
+    at = ((part * num_tokens + tokens) * num_sites + site) * h_width
+    tl.store(to + at[:, None] + rows[None, :], sums, mask=mine[:, None] & (rows < total)[None, :])
 
 
 @triton.jit
@@ -130,6 +149,9 @@ def _products(h, part_stride, index, mask, PARTS: tl.constexpr, PARTS_POWER: tl.
 def _route(
     h,
     c,
+    ups,
+    numbers,
+    counts,
     table,
     taken,
     first_site,
@@ -143,12 +165,21 @@ def _route(
     DIMS: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_POWER: tl.constexpr,
+    ALONE_TOKENS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """c[token, site, row] = gate of the row's expert · the row's coordinate; 0 if not taken."""
+    """The weights of a token's up-projection rows: gate of the row's expert · the coordinate.
+
+    For a token alone, those of the taken rows with the rows' numbers, how many there are, and the
+    address of the first; for one together with others, those of all rows, 0 for rows not taken.
+    """
     token = tl.program_id(0).to(tl.int64)
     site = tl.program_id(1)
     header = tl.load(table + HEADER * num_tokens + token)
+    alone = ALONE_TOKENS and tl.load(table + ALONE * num_tokens + token) != 0
+    at = token * num_sites + site
+    if ALONE_TOKENS:
+        tl.store(counts + at, 0)
     if header == 0:
         return
     row = _row(header, first_site + site)
@@ -159,11 +190,12 @@ def _route(
     r = tl.load(row + RANK)
     d = tl.load(row + BASIS_DIM)
     stride = tl.load(row + STRIDE)
+    up = tl.load(row + UP)
     dtype: tl.constexpr = c.dtype.element_ty
     router = tl.load(row + ROUTER).to(tl.pointer_type(dtype))
     coefficients = tl.load(row + COEFFICIENTS).to(tl.pointer_type(dtype))
     has_coefficients = tl.load(row + COEFFICIENTS) != 0
-    z = h + (token * num_sites + site) * h_width
+    z = h + at * h_width
     part_stride = num_tokens * num_sites * h_width
     experts = tl.arange(0, EXPERTS)
     dims = tl.arange(0, DIMS)
@@ -196,91 +228,184 @@ def _route(
     for first in range(0, count * r, ROWS):
         rows = first + tl.arange(0, ROWS)
         expert = rows // r
-        gate = tl.sum(tl.where(expert[:, None] == experts[None, :], gates[None, :], 0.0), 1)
-        needed = (rows < count * r) & (gate != 0)
+        same = expert[:, None] == experts[None, :]
+        gate = tl.sum(tl.where(same, gates[None, :], 0.0), 1)
+        place = tl.sum(tl.where(same, rank[None, :], 0), 1)
+        needed = (rows < count * r) & (place < top_k)
         if has_coefficients:
             coordinates = tl.zeros((ROWS,), tl.float32)
             for begin in range(0, d, DIMS):
                 inside = begin + dims < d
+                # All experts': to wait for the gates would cost more than their few bytes.
                 p = tl.load(
                     coefficients + rows[:, None] * d + begin + dims[None, :],
-                    mask=needed[:, None] & inside[None, :],
+                    mask=(rows < count * r)[:, None] & inside[None, :],
                     other=0.0,
                 )
                 v = _products(z, part_stride, begin + dims, inside, PARTS, PARTS_POWER)
                 coordinates += tl.sum(p.to(tl.float32) * v[None, :], 1)
         else:
-            at = expert * stride + rows % r
-            coordinates = _products(z, part_stride, at, needed, PARTS, PARTS_POWER)
-        weighted = tl.where(needed, gate * coordinates, 0.0)
-        at = (token * num_sites + site) * c_width + rows
-        tl.store(c + at, weighted.to(dtype), mask=rows < count * r)
+            source = expert * stride + rows % r
+            coordinates = _products(z, part_stride, source, needed, PARTS, PARTS_POWER)
+        weighted = tl.where(needed, gate * coordinates, 0.0).to(dtype)
+        if alone:
+            compact = at * c_width + place * r + rows % r
+            tl.store(c + compact, weighted, mask=needed)
+            tl.store(numbers + compact, rows.to(tl.int32), mask=needed)
+        else:  # with zeros up to a whole chunk, so that nobody need ask
+            tl.store(c + at * c_width + rows, weighted, mask=rows < c_width)
+    if alone:
+        tl.store(counts + at, (top_k * r).to(tl.int32))
+        tl.store(ups + at, up)
 
 
 @triton.jit
 def _expand(
     out,
     c,
+    ups,
+    numbers,
+    counts,
     table,
-    tiles,
     first_site,
     out_width,
     num_tokens,
     num_sites,
     c_width,
+    width_0,
+    width_1,
+    width_2,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DOT_COLUMNS: tl.constexpr,
+    ALONE_TOKENS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """out[token, the tile's columns] += c[token] · up, for the tokens of one adapter."""
+    """out[token, the tile's columns] += Σ weight · row, for one token, or those of one adapter."""
     tile = tl.program_id(0)
     item = tl.program_id(1)
+    dtype: tl.constexpr = out.dtype.element_ty
+    vector: tl.constexpr = ALIGNMENT * 8 // dtype.primitive_bitwidth
+    tiles_0 = tl.cdiv(width_0, COLUMNS)
+    tiles_1 = tl.cdiv(width_1, COLUMNS)
+    site = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
+    # The site's first tile, first column of `out`, and width.
+    tile_0 = tl.where(site == 0, 0, tl.where(site == 1, tiles_0, tiles_0 + tiles_1))
+    start = tl.where(site == 0, 0, tl.where(site == 1, width_0, width_0 + width_1))
+    width = tl.where(site == 0, width_0, tl.where(site == 1, width_1, width_2))
+    # Multiples of what one load takes, so that every row is aligned as the first.
+    start = tl.multiple_of(start, vector)
+    width = tl.multiple_of(width, vector)
+    offset = tl.multiple_of((tile - tile_0) * COLUMNS, vector)
     header = tl.load(table + ADD_HEADER * num_tokens + item)
+    if ALONE_TOKENS:
+        at = item.to(tl.int64) * num_sites + site
+        count = tl.load(counts + at)
+        columns = offset + tl.arange(0, COLUMNS)
+        inside = columns < width
+        rows = tl.arange(0, ROWS)
+        # Before it is known how many there are: each wait for memory costs as much as the sum.
+        up = tl.multiple_of(tl.load(ups + at), ALIGNMENT).to(tl.pointer_type(dtype))
+        number = tl.load(numbers + at * c_width + rows)
+        weights = tl.load(c + at * c_width + rows)
+        to = out + item.to(tl.int64) * out_width + start + columns
+        old = tl.load(to, mask=inside, other=0.0).to(tl.float32)
+        if count > 0:
+            for begin in range(0, count, ROWS):
+                if begin > 0:
+                    number = tl.load(numbers + at * c_width + begin + rows)
+                    weights = tl.load(c + at * c_width + begin + rows)
+                known = begin + rows < count
+                w = tl.load(
+                    up + number.to(tl.int64)[:, None] * width + columns[None, :],
+                    mask=known[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                weight = tl.where(known, weights.to(tl.float32), 0.0)
+                old += tl.sum(w.to(tl.float32) * weight[:, None], 0)
+            tl.store(to, old.to(dtype), mask=inside)
     if header == 0:
         return
-    site = tl.load(tiles + tile * 4)
     row = _row(header, first_site + site)
     if tl.load(row + BASIS) == 0:
         return
-    start = tl.load(tiles + tile * 4 + 1)  # the tile's first column of `out`
-    offset = tl.load(tiles + tile * 4 + 2)  # and within the site
-    dtype: tl.constexpr = out.dtype.element_ty
-    vector: tl.constexpr = ALIGNMENT * 8 // dtype.primitive_bitwidth
-    # Multiples of what one load takes, so that every row is aligned as the first.
-    width = tl.multiple_of(tl.load(tiles + tile * 4 + 3), vector)
     total = tl.load(row + NUM_EXPERTS) * tl.load(row + RANK)
-    up = tl.multiple_of(tl.load(row + UP), ALIGNMENT).to(tl.pointer_type(dtype))
+    experts = tl.multiple_of(tl.load(row + UP), ALIGNMENT).to(tl.pointer_type(dtype))
     index = tl.arange(0, TOKENS)
     mine = index < tl.load(table + ADD_COUNT * num_tokens + item)
     first_token = tl.load(table + ADD_START * num_tokens + item)
     tokens = tl.load(table + ORDER * num_tokens + first_token + index, mask=mine, other=0)
-    columns = tl.multiple_of(offset, vector) + tl.arange(0, COLUMNS)
-    inside = columns < width
     coordinates = c + (tokens * num_sites + site) * c_width
-    sums = tl.zeros((TOKENS, COLUMNS), tl.float32)
-    for first in range(0, total, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        weights = tl.load(
-            coordinates[:, None] + rows[None, :],
-            mask=mine[:, None] & (rows < total)[None, :],
-            other=0.0,
-        )
-        taken = tl.max(tl.abs(weights.to(tl.float32)), 0) > 0
-        w = tl.load(
-            up + rows[:, None] * width + columns[None, :],
-            mask=taken[:, None] & inside[None, :],
-            other=0.0,
-        )
-        sums = tl.dot(weights, w, sums, input_precision="ieee")
-    at = (
-        out
-        + tokens[:, None] * out_width
-        + (tl.multiple_of(start, vector) + tl.arange(0, COLUMNS))[None, :]
-    )
-    mask = mine[:, None] & inside[None, :]
-    old = tl.load(at, mask=mask, other=0.0)
-    tl.store(at, (old.to(tl.float32) + sums).to(dtype), mask=mask)
+    for shift in range(0, COLUMNS, DOT_COLUMNS):
+        some = offset + shift + tl.arange(0, DOT_COLUMNS)
+        within = some < width
+        places = out + tokens[:, None] * out_width + start + some[None, :]
+        mask = mine[:, None] & within[None, :]
+        sums = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+        for first in range(0, total, ROWS):
+            every = first + tl.arange(0, ROWS)
+            some_weights = tl.load(
+                coordinates[:, None] + every[None, :],
+                mask=mine[:, None],
+                other=0.0,
+            )
+            up_rows = tl.load(
+                experts + every.to(tl.int64)[:, None] * width + some[None, :],
+                mask=(every < total)[:, None] & within[None, :],
+                other=0.0,
+            )
+            sums = tl.dot(some_weights, up_rows, sums, input_precision="ieee")
+        tl.store(places, sums.to(dtype), mask=mask)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How kernels divide a batch."""
+
+    tokens: int
+    """Of one adapter that a program takes together."""
+    part: int
+    """Columns of a basis that a program of `_project` reads."""
+    read_rows: int
+    """Rows of a basis and router that a program reads."""
+    read_columns: int
+    """Columns that go through the tensor cores together."""
+    add_rows: int
+    add_columns: int
+    alone: bool
+    """Whether adapters with few tokens are read for each token on its own."""
+
+
+_DECODE = _Form(
+    tokens=16, part=512, read_rows=16, read_columns=256, add_rows=16, add_columns=512, alone=True
+)
+"""Bound by bytes and latency: many small programs, each with all its loads under way at once."""
+_PREFILL = _Form(
+    tokens=64, part=2048, read_rows=64, read_columns=64, add_rows=64, add_columns=128, alone=False
+)
+"""Bound by the tensor cores and by the outputs' bytes: what is read serves many tokens."""
+_CHUNK = 64
+"""Weights of up-projection rows are stored, and products with the input too, in whole chunks."""
+_TOGETHER = 4
+"""From this many tokens on, an adapter's tokens are cheaper together than each alone."""
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """What the kernels of a group hand on. T tokens, S sites.
+
+    h: (parts, T, S, reads) float32, products with the input. c: (T, S, rows), weights of the
+    up-projections' rows, in the adapters' dtype; numbers: the same shape, int32, which rows those
+    are, where the token is alone; counts: (T, S) int32, how many; ups: (T, S) int64, the address
+    of the first.
+    """
+
+    h: Tensor
+    c: Tensor
+    numbers: Tensor
+    counts: Tensor
+    ups: Tensor
 
 
 class GpuPlan:
@@ -294,21 +419,22 @@ class GpuPlan:
         self.routing: Routing | None = None
         self.num_tokens = num_tokens
         device = adapters.device
-        small = num_tokens <= _SMALL_BATCH
-        self._tokens = 16 if small else 64
-        # What a program reads of a row. Small batches fill the device by parts of rows; in large
-        # ones the parts' sums would be the most of what is read and written.
-        self._part = 512 if small else None
-        self._num_items = num_tokens
+        self._form = _DECODE if num_tokens <= _SMALL_BATCH else _PREFILL
+        self._num_reads = self._num_adds = num_tokens
         self._table = torch.zeros((_TABLE_ROWS, num_tokens), dtype=torch.int64, device=device)
         self._dtype = adapters.dtype
         self._sizes = adapters.sizes
-        self._scratch: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._scratch: dict[tuple[int, int], _Scratch] = {}
         self._stream = _side_stream(device) if device.type == "cuda" else None
 
     def load(self, runs: Sequence[Run]) -> None:
         """Set which tokens are whose."""
-        host = torch.from_numpy(batch_table(runs, self.num_tokens, self._tokens))
+        table = batch_table(runs, self.num_tokens, self._form)
+        if not self._form.alone:  # never captured: its grids may follow the mix
+            self._num_reads, self._num_adds = np.count_nonzero(
+                table[[READ_HEADER.value, ADD_HEADER.value]], axis=1
+            ).tolist()
+        host = torch.from_numpy(table)
         if self._stream is not None:
             host = host.pin_memory()
         self._table.copy_(host, non_blocking=True)
@@ -319,11 +445,11 @@ class GpuPlan:
         x: (T, n), contiguous, of the adapters' dtype.
         """
         if self._stream is None:
-            self._coordinates(x, group)
+            self._weigh(x, group)
             return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._coordinates(x, group)
+            self._weigh(x, group)
 
     def add_to(self, out: Tensor, x: Tensor, group: Group) -> None:
         """Add every token's adapter to the base product, in place.
@@ -332,79 +458,96 @@ class GpuPlan:
         """
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-        _, c = self._buffers(x, group)
-        columns = 256 if self._tokens == 16 else 128
-        tiles = _tiles(group, columns, x.device)
-        _expand[(len(tiles), self._num_items)](
+        form, scratch = self._form, self._buffers(x, group)
+        widths = _widths(group)
+        tiles = sum(triton.cdiv(width, form.add_columns) for width in widths)
+        _expand[(tiles, self._num_adds)](
             out,
-            c,
+            scratch.c,
+            scratch.ups,
+            scratch.numbers,
+            scratch.counts,
             self._table,
-            tiles,
             group.first_site,
             out.shape[1],
             self.num_tokens,
             len(group.sites),
-            c.shape[-1],
-            TOKENS=self._tokens,
-            ROWS=16 if self._tokens == 16 else 32,
-            COLUMNS=columns,
+            scratch.c.shape[-1],
+            *widths,
+            TOKENS=form.tokens,
+            ROWS=form.add_rows,
+            COLUMNS=form.add_columns,
+            DOT_COLUMNS=128,
+            ALONE_TOKENS=form.alone,
             ALIGNMENT=_alignment(group, x.itemsize),
-            num_warps=4,
+            num_warps=2 if form.alone else 4,
         )
 
-    def _coordinates(self, x: Tensor, group: Group) -> None:
+    def _weigh(self, x: Tensor, group: Group) -> None:
         n, sites = x.shape[1], len(group.sites)
-        h, c = self._buffers(x, group)
-        parts = len(h)
-        part = triton.next_power_of_2(n) if parts == 1 else self._part
-        _project[(self._num_items, sites, parts)](
+        form, scratch = self._form, self._buffers(x, group)
+        parts = len(scratch.h)
+        sizes = (self._sizes.basis_dim, self._sizes.num_experts)
+        blocks = sum(triton.cdiv(size, form.read_rows) for size in sizes)
+        _project[(self._num_reads, sites, parts * blocks)](
             x,
-            h,
+            scratch.h,
             self._table,
             group.first_site,
             n,
             self.num_tokens,
             sites,
-            h.shape[-1],
-            TOKENS=self._tokens,
-            ROWS=32,
-            COLUMNS=128,
-            PART=part,
+            scratch.h.shape[-1],
+            blocks,
+            TOKENS=form.tokens,
+            ROWS=form.read_rows,
+            COLUMNS=form.read_columns,
+            PART=form.part,
+            ALONE_TOKENS=form.alone,
             ALIGNMENT=_alignment(group, x.itemsize),
             num_warps=4,
         )
         taken = None if self.routing is None else self.routing.gates[:, group.layer]
         _route[(self.num_tokens, sites)](
-            h,
-            c,
+            scratch.h,
+            scratch.c,
+            scratch.ups,
+            scratch.numbers,
+            scratch.counts,
             self._table,
-            h if taken is None else taken,
+            scratch.h if taken is None else taken,
             group.first_site,
             self.num_tokens,
             sites,
-            h.shape[-1],
-            c.shape[-1],
+            scratch.h.shape[-1],
+            scratch.c.shape[-1],
             0 if taken is None else taken.stride(0),
             EXPERTS=triton.next_power_of_2(self._sizes.num_experts),
-            ROWS=16,
-            DIMS=32,
+            ROWS=_CHUNK,
+            DIMS=64,
             PARTS=parts,
             PARTS_POWER=triton.next_power_of_2(parts),
+            ALONE_TOKENS=form.alone,
             COUNT=taken is not None,
-            num_warps=1,
+            num_warps=4,
         )
 
-    def _buffers(self, x: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        """The products (parts, T, sites, reads), float32, and the coordinates (T, sites, rows)."""
-        parts = 1 if self._part is None else triton.cdiv(x.shape[1], self._part)
-        sites = len(group.sites)
+    def _buffers(self, x: Tensor, group: Group) -> _Scratch:
+        parts, sites = triton.cdiv(x.shape[1], self._form.part), len(group.sites)
         if (parts, sites) not in self._scratch:
-            reads, rows = (-(-n // 32) * 32 for n in (self._sizes.reads, self._sizes.rows))
-            h = torch.empty(
-                (parts, self.num_tokens, sites, reads), dtype=torch.float32, device=x.device
+            reads, rows = (
+                -(-n // _CHUNK) * _CHUNK
+                for n in (self._sizes.basis_dim + self._sizes.num_experts, self._sizes.rows)
             )
-            c = torch.empty((self.num_tokens, sites, rows), dtype=self._dtype, device=x.device)
-            self._scratch[parts, sites] = h, c
+            tokens, device = self.num_tokens, x.device
+            numbers = (tokens, sites, rows) if self._form.alone else (0,)
+            self._scratch[parts, sites] = _Scratch(
+                torch.empty((parts, tokens, sites, reads), dtype=torch.float32, device=device),
+                torch.empty((tokens, sites, rows), dtype=self._dtype, device=device),
+                torch.empty(numbers, dtype=torch.int32, device=device),
+                torch.empty((tokens, sites), dtype=torch.int32, device=device),
+                torch.empty((tokens, sites), dtype=torch.int64, device=device),
+            )
         return self._scratch[parts, sites]
 
 
@@ -413,12 +556,12 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def batch_table(runs: Sequence[Run], num_tokens: int, tile: int) -> NDArray[np.int64]:
-    """A plan's table, (8, T): every token's header, then who is computed together.
+def batch_table(runs: Sequence[Run], num_tokens: int, form: _Form) -> NDArray[np.int64]:
+    """A plan's table, (9, T): every token's header, and who is computed together.
 
-    Tokens are ordered by what they read, then by adapter; an item is up to `tile` of them that
-    read the same (READ) or are of one adapter (ADD): its start in that order, its count, and the
-    header of its adapter, or of one of them. A header of 0 means none.
+    Tokens are ordered by what they read, then by adapter. An item is some of them that read the
+    same (READ) or are of one adapter (ADD): its start in that order, its count, and the header of
+    its adapter, or of one of them. A header of 0 means none. ALONE: the token is in no ADD item.
     """
     readers: dict[object, dict[ResidentAdapter, list[NDArray[np.int64]]]] = {}
     table = np.zeros((_TABLE_ROWS, num_tokens), np.int64)
@@ -436,18 +579,29 @@ def batch_table(runs: Sequence[Run], num_tokens: int, tile: int) -> NDArray[np.i
             for tokens in parts:
                 table[ORDER.value, position : position + len(tokens)] = tokens
                 position += len(tokens)
-            adds += _items(begin, position, tile, adapter)
-        reads += _items(first, position, tile, adapter)
-    table[READ_START.value : READ_HEADER.value + 1, : len(reads)] = np.array(reads).T
-    table[ADD_START.value : ADD_HEADER.value + 1, : len(adds)] = np.array(adds).T
+            header = adapter.headers.data_ptr()
+            if form.alone and position - begin < _TOGETHER:
+                table[ALONE.value, table[ORDER.value, begin:position]] = 1
+            else:
+                adds += _items(begin, position, form.tokens, header)
+        few = form.alone and position - first < _TOGETHER
+        reads += _items(first, position, 1 if few else form.tokens, header)
+    if reads:
+        table[READ_START.value : READ_HEADER.value + 1, : len(reads)] = np.array(reads).T
+    if adds:
+        table[ADD_START.value : ADD_HEADER.value + 1, : len(adds)] = np.array(adds).T
     return table
 
 
-def _items(
-    start: int, stop: int, tile: int, adapter: ResidentAdapter
-) -> list[tuple[int, int, int]]:
-    header = adapter.headers.data_ptr()
-    return [(i, min(tile, stop - i), header) for i in range(start, stop, tile)]
+def _items(start: int, stop: int, size: int, header: int) -> list[tuple[int, int, int]]:
+    return [(i, min(size, stop - i), header) for i in range(start, stop, size)]
+
+
+@cache
+def _widths(group: Group) -> tuple[int, int, int]:
+    """The widths of a group's sites, one after the other in its output; 0 for those it lacks."""
+    first, second, third = [*(site.width for site in group.sites), 0, 0][:3]
+    return first, second, third
 
 
 @cache
@@ -457,14 +611,3 @@ def _alignment(group: Group, itemsize: int) -> int:
     for site in group.sites:
         widths += [site.width, site.start]
     return _VECTOR if all(width * itemsize % _VECTOR == 0 for width in widths) else itemsize
-
-
-@cache
-def _tiles(group: Group, columns: int, device: torch.device) -> Tensor:
-    """(tiles, 4) int32: site, first column of the output, first column of the site, its width."""
-    rows = [
-        (number, site.start + offset, offset, site.width)
-        for number, site in enumerate(group.sites)
-        for offset in range(0, site.width, columns)
-    ]
-    return torch.tensor(rows, dtype=torch.int32, device=device)

@@ -53,6 +53,12 @@ def _row(header, site):
 
 
 @triton.jit
+def _aligned(address, dtype: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """A pointer to elements. The compiler heeds an alignment that is said of a pointer alone."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), ALIGNMENT)
+
+
+@triton.jit
 def _project(
     x,
     h,
@@ -85,7 +91,7 @@ def _project(
     total = tl.load(row + BASIS_DIM)
     # Blocks of the basis' rows come first, then the router's, where that reads the input.
     to = h
-    first = block * ROWS
+    first = block.to(tl.int64) * ROWS
     if first >= total:
         first = (block - tl.cdiv(total, ROWS)) * ROWS
         to += total
@@ -98,7 +104,7 @@ def _project(
     count = tl.load(table + READ_COUNT * num_tokens + item)
     start = tl.load(table + READ_START * num_tokens + item)
     dtype: tl.constexpr = x.dtype.element_ty
-    weights = tl.multiple_of(source, ALIGNMENT).to(tl.pointer_type(dtype)) + rows * n
+    weights = _aligned(source, dtype, ALIGNMENT) + rows * n
     end = tl.minimum(n, part * PART + PART)
     if ALONE_TOKENS and count == 1:
         token = tl.load(table + ORDER * num_tokens + start)
@@ -306,7 +312,7 @@ def _expand(
         inside = columns < width
         rows = tl.arange(0, ROWS)
         # Before it is known how many there are: each wait for memory costs as much as the sum.
-        up = tl.multiple_of(tl.load(ups + at), ALIGNMENT).to(tl.pointer_type(dtype))
+        up = _aligned(tl.load(ups + at), dtype, ALIGNMENT)
         number = tl.load(numbers + at * c_width + rows)
         weights = tl.load(c + at * c_width + rows)
         to = out + item.to(tl.int64) * out_width + start + columns
@@ -331,7 +337,7 @@ def _expand(
     if tl.load(row + BASIS) == 0:
         return
     total = tl.load(row + NUM_EXPERTS) * tl.load(row + RANK)
-    experts = tl.multiple_of(tl.load(row + UP), ALIGNMENT).to(tl.pointer_type(dtype))
+    experts = _aligned(tl.load(row + UP), dtype, ALIGNMENT)
     index = tl.arange(0, TOKENS)
     mine = index < tl.load(table + ADD_COUNT * num_tokens + item)
     first_token = tl.load(table + ADD_START * num_tokens + item)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from malora.kernels.batched import Routing
 from malora.kernels.resident import ResidentAdapter, ResidentAdapters
@@ -30,7 +31,7 @@ from malora_server.engine.sampler import Sampled, Sampler, prompt_logprobs
 from malora_server.engine.scheduler import Chunk, Scheduler
 from malora_server.engine.sequence import Sequence
 from malora_server.model.attention import cache_bytes_per_block
-from malora_server.model.loader import LoadedModel, choose_device, load_model
+from malora_server.model.loader import LoadedModel, choose_device, load_model, prepare_model
 from malora_server.model.runner import ChunkInput, ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -51,13 +52,17 @@ class _Request:
 class EngineCore:
     """Loads the base model and the adapters, then serves requests step by step."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Raises OSError or ValueError, with a message for the user, where it cannot start."""
+    def __init__(self, config: EngineConfig, model: PreTrainedModel | None = None) -> None:
+        """model: the base model, where it is in memory already; it is changed.
+
+        Raises OSError or ValueError, with a message for the user, where it cannot start.
+        """
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        device = choose_device(config.device)
-        loaded = load_model(config.base, config.dtype, device)
-        self._loaded = loaded
+        if model is None:
+            model = load_model(config.base, config.dtype, choose_device(config.device))
+        self._loaded = loaded = prepare_model(model)
+        device = loaded.device
         if device.type == "cpu":  # whose kernel reads single precision
             from malora.kernels import cpu
 
@@ -72,7 +77,15 @@ class EngineCore:
             loaded.max_model_len, config.max_model_len or loaded.max_model_len
         )
         num_blocks = _count_blocks(config, loaded, self._max_model_len)
-        self._runner = ModelRunner(loaded, resident, num_blocks, config.block_size)
+        self._runner = ModelRunner(
+            loaded,
+            resident,
+            num_blocks,
+            config.block_size,
+            config.max_num_seqs,
+            self._max_model_len,
+        )
+        self._runner.capture(adapted=config.adapters is not None)
         self._blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self._scheduler = Scheduler(
             self._blocks, config.max_num_seqs, config.max_num_batched_tokens

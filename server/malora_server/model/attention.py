@@ -2,12 +2,16 @@
 
 Keys and values of every layer live in blocks of `block_size` token slots; a sequence's block table
 says which. The model runs on the step's tokens laid end to end, (1, T); this module writes their
-keys and values to their slots and lets each token attend to its own sequence alone.
+keys and values to their slots and lets each token attend to its own sequence alone: in torch, on
+any device and in any dtype, or by FlashInfer (`model/flash.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
+from typing import Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -20,7 +24,7 @@ IMPLEMENTATION = "malora_paged"
 """The name under which `paged_attention` is registered with transformers."""
 
 Ints = NDArray[np.int64]
-_LARGEST = 1e15
+LARGEST = 1e15
 """No model's keys or values come near it; its products with any query stay finite."""
 
 
@@ -94,13 +98,49 @@ class QueryBlock:
         return self._masks[key]
 
 
+class AttentionStep(Protocol):
+    """One step's tokens: where their keys go, and who attends to what."""
+
+    def attend(
+        self,
+        cache: LayerCache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store the tokens' keys and values, then attend.
+
+        query: (T, heads, D); key, value: (T, kv_heads, D), of any strides. Returns (T, heads, D).
+        """
+
+
 @dataclass
-class AttentionStep:
-    """The step's tokens: where their keys go, and who attends to what."""
+class GatheredStep:
+    """Attention in torch: the blocks that the step's chunks read are gathered side by side."""
 
     slots: Tensor
     """(T,) int64: block * block_size + offset of each token."""
     blocks: list[QueryBlock]
+
+    def attend(
+        self,
+        cache: LayerCache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `AttentionStep`."""
+        kv_heads, head_dim = cache.keys.shape[2:]
+        for pool, new in ((cache.keys, key), (cache.values, value)):
+            pool.view(-1, kv_heads, head_dim).index_copy_(0, self.slots, _finite(new))
+        outputs = [_attend(block, query, cache, scale, window, softcap) for block in self.blocks]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 @dataclass(eq=False)
@@ -110,8 +150,12 @@ class AttentionContext:
     step: AttentionStep = field(init=False)
 
 
+_numbers = count()
+_caches: WeakValueDictionary[int, LayerCache] = WeakValueDictionary()
+
+
 class LayerCache(nn.Module):
-    """One layer's keys and values: (num_blocks, block_size, kv_heads, head_dim) each."""
+    """One layer's keys and values: (num_blocks + 1, block_size, kv_heads, head_dim) each."""
 
     def __init__(
         self,
@@ -124,6 +168,8 @@ class LayerCache(nn.Module):
         self.context = context
         self.keys = _zeros(shape, dtype, device)
         self.values = _zeros(shape, dtype, device)
+        self.number = torch.tensor(next(_numbers))
+        _caches[int(self.number)] = self
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -153,18 +199,54 @@ def paged_attention(
     query: (1, heads, T, D); key, value: (1, kv_heads, T, D). Returns ((1, T, heads, D), None).
     """
     cache: LayerCache = module.paged_cache  # type: ignore[assignment]
-    step = cache.context.step
-    kv_heads, head_dim = cache.keys.shape[2:]
-    for pool, new in ((cache.keys, key), (cache.values, value)):
-        pool.view(-1, kv_heads, head_dim).index_copy_(
-            0, step.slots, _finite(new[0]).transpose(0, 1)
-        )
-    queries = query[0].transpose(0, 1)
-    scale = scaling if scaling is not None else head_dim**-0.5
-    outputs = [
-        _attend(block, queries, cache, scale, sliding_window, softcap) for block in step.blocks
-    ]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if torch.compiler.is_compiling():
+        window, cap = sliding_window or 0, softcap or 0.0
+        return torch.ops.malora.attend(query, key, value, cache.number, scale, window, cap), None
+    return _attend_all(cache, query, key, value, scale, sliding_window, softcap), None
+
+
+def _attend_all(
+    cache: LayerCache,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return cache.context.step.attend(cache, q, k, v, scale, window, softcap)[None]
+
+
+# What a compiled layer calls. The layer's cache goes by number, in a tensor: as an attribute, it
+# would be a constant of the compilation, and every layer would be compiled on its own.
+@torch.library.custom_op("malora::attend", mutates_args=())
+def _attend_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    number: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    cache = _caches[int(number)]
+    return _attend_all(cache, query, key, value, scale, window or None, softcap or None)
+
+
+@_attend_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,  # noqa: ARG001
+    value: Tensor,  # noqa: ARG001
+    number: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    window: int,  # noqa: ARG001
+    softcap: float,  # noqa: ARG001
+) -> Tensor:
+    _, heads, tokens, head_dim = query.shape
+    return query.new_empty((1, tokens, heads, head_dim))
 
 
 def _finite(new: Tensor) -> Tensor:
@@ -173,7 +255,7 @@ def _finite(new: Tensor) -> Tensor:
     Masked scores and values are multiplied by zero, which hides numbers but neither NaN nor what
     overflows. The sequence that made them still fails, by its own hidden state.
     """
-    limit = min(_LARGEST, torch.finfo(new.dtype).max)
+    limit = min(LARGEST, torch.finfo(new.dtype).max)
     return new.nan_to_num(0.0, 0.0, 0.0).clamp_(-limit, limit)
 
 
@@ -222,9 +304,12 @@ def attach_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give every attention layer of the model its blocks."""
+    """Give every attention layer of the model its blocks, and one more, which nobody reads.
+
+    That one takes what is written for rows that only fill a batch up.
+    """
     for layer, (kv_heads, head_dim) in attention_layers(model):
-        shape = (num_blocks, block_size, kv_heads, head_dim)
+        shape = (num_blocks + 1, block_size, kv_heads, head_dim)
         layer.paged_cache = LayerCache(context, shape, dtype, device)
 
 

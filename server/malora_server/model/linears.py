@@ -7,6 +7,9 @@ a view of the group's output.
 
 from __future__ import annotations
 
+from itertools import count
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +28,10 @@ class AdapterContext:
     plan: BatchPlan | None = None
 
 
+_numbers = count()
+_groups: WeakValueDictionary[int, LinearGroup] = WeakValueDictionary()
+
+
 class LinearGroup(nn.Module):
     """Linears with one input: their weights stacked, their outputs side by side."""
 
@@ -40,6 +47,8 @@ class LinearGroup(nn.Module):
         else:
             self.weight = torch.cat([linear.weight.data for linear in linears])
             self.bias = _stacked_bias(linears)
+        self.number = torch.tensor(next(_numbers))
+        _groups[int(self.number)] = self
         self._input: Tensor | None = None
         self._outputs: list[Tensor] = []
 
@@ -47,13 +56,18 @@ class LinearGroup(nn.Module):
         """The output of the group's linear `index`; the product is made once for each input."""
         if self._input is not x:
             self._input = x
-            self._outputs = list(self._compute(x).split(self.widths, dim=-1))
+            if torch.compiler.is_compiling():
+                out = torch.ops.malora.grouped_linear(x, self.number, sum(self.widths))
+            else:
+                out = self.compute(x)
+            self._outputs = list(out.split(self.widths, dim=-1))
         out = self._outputs[index]
         if index == len(self.widths) - 1:  # the last reader: hold nothing between steps
             self._input, self._outputs = None, []
         return out
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
+        """All the group's outputs side by side, (…, sum of the widths), of inputs (…, n)."""
         plan = self.context.plan
         if plan is None:
             return F.linear(x, self.weight, self.bias)
@@ -62,6 +76,18 @@ class LinearGroup(nn.Module):
         out = F.linear(x, self.weight, self.bias)
         plan.add_to(out.view(-1, out.shape[-1]), tokens, self.group)
         return out
+
+
+# What a compiled layer calls. The group goes by number, in a tensor: as an attribute, it would be a
+# constant of the compilation, and every layer would be compiled on its own.
+@torch.library.custom_op("malora::grouped_linear", mutates_args=())
+def _grouped_linear_op(x: Tensor, number: Tensor, width: int) -> Tensor:  # noqa: ARG001
+    return _groups[int(number)].compute(x)
+
+
+@_grouped_linear_op.register_fake
+def _(x: Tensor, number: Tensor, width: int) -> Tensor:  # noqa: ARG001
+    return x.new_empty((*x.shape[:-1], width))
 
 
 class GroupedLinear(nn.Module):
@@ -92,7 +118,7 @@ def group_linears(model: PreTrainedModel, context: AdapterContext) -> list[Group
     """Replace every linear inside the decoder layers; returns the groups in the model's order."""
     groups: list[Group] = []
     num_sites = 0
-    for layer_path, layer_index, layer in _decoder_layers(model):
+    for layer_path, layer_index, layer in decoder_layers(model):
         for path, parent in list(layer.named_modules()):
             names = [n for n, m in parent.named_children() if isinstance(m, nn.Linear)]
             for members in _fuse(names):
@@ -118,8 +144,8 @@ def _fuse(names: list[str]) -> list[tuple[str, ...]]:
     return [*fused, *((name,) for name in names if name not in taken)]
 
 
-def _decoder_layers(model: PreTrainedModel) -> list[tuple[str, int, nn.Module]]:
-    """(path, index, module) of each decoder layer."""
+def decoder_layers(model: PreTrainedModel) -> list[tuple[str, int, nn.Module]]:
+    """(path, index, module) of each decoder layer. Raises ValueError where there are none."""
     count = model.config.get_text_config().num_hidden_layers
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

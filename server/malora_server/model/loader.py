@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from malora.format import BaseModelSpec
 from malora.kernels.resident import Group
 from malora_server.model.attention import IMPLEMENTATION, attention_layers
-from malora_server.model.linears import AdapterContext, group_linears
+from malora_server.model.linears import AdapterContext, decoder_layers, group_linears
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,24 +37,37 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_model(base: str, dtype: str, device: torch.device) -> LoadedModel:
-    """Load a decoder from a folder or a hub id.
+def load_model(base: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    """Load a model from a folder or a hub id.
 
-    dtype: "auto" is float32 on the CPU and the checkpoint's own elsewhere. Raises OSError where the
-    model is missing and ValueError where it is not of a kind that can be served.
+    dtype: "auto" is float32 on the CPU and the checkpoint's own elsewhere. Raises OSError or
+    ValueError where the model is missing or broken.
     """
     if dtype == "auto":
         chosen: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
     else:
         chosen = DTYPES[dtype]
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=chosen, attn_implementation=IMPLEMENTATION, trust_remote_code=False
-    )
-    model = model.to(device).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=chosen, trust_remote_code=False)
+    return model.to(device)
+
+
+def prepare_model(model: PreTrainedModel) -> LoadedModel:
+    """Put our attention and linears into a decoder, where it lies.
+
+    Raises ValueError where it is not of a kind that can be served.
+    """
+    device = model.device
+    model.set_attn_implementation(IMPLEMENTATION)
+    model = model.eval().requires_grad_(False)
     attention_layers(model)  # refuses what cannot be served, before any more work
     spec = BaseModelSpec.from_model(model)
     adapters = AdapterContext()
     groups = group_linears(model, adapters)
+    if device.type == "cuda":
+        # One compilation for all layers, whatever the batch: their elementwise work becomes a few
+        # kernels between products and attention.
+        for _, _, layer in decoder_layers(model):
+            layer.compile(dynamic=True, fullgraph=True)
     config = model.config.get_text_config()
     return LoadedModel(
         model=model,

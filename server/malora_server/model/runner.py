@@ -8,6 +8,7 @@ from operator import attrgetter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from malora.kernels.batched import BatchPlan, Routing, Run, plan_batch
@@ -15,27 +16,42 @@ from malora.kernels.resident import ResidentAdapter, ResidentAdapters
 from malora_server.model.attention import (
     AttentionContext,
     AttentionStep,
+    GatheredStep,
     QueryBlock,
     attach_cache,
+    attention_layers,
 )
 from malora_server.model.loader import LoadedModel
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkInput:
-    """The next tokens of one sequence: positions start to start + len(token_ids)."""
+    """The next tokens of one sequence: positions start to start + len(token_ids).
+
+    pending_row: where the last step's sampled ids hold the chunk's one token, while the host does
+    not know it yet.
+    """
 
     token_ids: list[int]
     start: int
     block_table: list[int]
     adapter: ResidentAdapter | None
+    pending_row: int | None = None
 
 
 class ModelRunner:
     """The model, its KV cache and the adapters' plan of the current batch."""
 
     def __init__(
-        self, loaded: LoadedModel, adapters: ResidentAdapters, num_blocks: int, block_size: int
+        self,
+        loaded: LoadedModel,
+        adapters: ResidentAdapters,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
     ) -> None:
         self._loaded = loaded
         self._adapters = adapters
@@ -44,18 +60,41 @@ class ModelRunner:
         attach_cache(
             loaded.model, self._attention, num_blocks, block_size, loaded.dtype, loaded.device
         )
-        self._plan_key: tuple[tuple[int, ResidentAdapter | None], ...] = ()
+        self._runs_key: tuple[tuple[int, ResidentAdapter | None], ...] = ()
+        self._runs: list[Run] = []
         self._plan: BatchPlan | None = None
         self._num_layers = 1 + max(group.layer for group in loaded.groups)
+        self._flash = None
+        self._graphs = None
+        if _takes_flash(loaded):
+            from malora_server.model.flash import FlashStep
+            from malora_server.model.graphs import DecodeGraphs
+
+            self._flash = FlashStep(loaded.device)
+            max_blocks = -(-max_model_len // block_size)
+            self._graphs = DecodeGraphs(
+                loaded, adapters, self._attention, max_num_seqs, max_blocks, num_blocks, block_size
+            )
+
+    def capture(self, adapted: bool) -> None:
+        """Capture the graphs of decode steps, where there are any; `adapted` with adapters too."""
+        if self._graphs is not None:
+            self._graphs.capture(adapted)
 
     @torch.inference_mode()
     def run(
-        self, chunks: list[ChunkInput], wanted: list[int], routing: bool = False
+        self,
+        chunks: list[ChunkInput],
+        wanted: list[int],
+        routing: bool = False,
+        sampled: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Run the chunks' tokens, laid end to end, through the model.
 
-        Chunks of one token come first. wanted: indices into the tokens laid end to end. Returns
-        the logits there, (len(wanted), vocab), and, when asked, the gates that every token took.
+        Chunks of one token come first. wanted: indices into the tokens laid end to end. sampled:
+        the last step's ids, which the chunks' `pending_row`s point into. Returns the logits there,
+        (len(wanted), vocab), valid until the next call, and, when asked, the gates that every
+        token took.
         """
         device = self._loaded.device
         counts = np.array([len(c.token_ids) for c in chunks])
@@ -63,8 +102,22 @@ class ModelRunner:
         token_ids = np.concatenate([np.asarray(c.token_ids) for c in chunks])
         firsts = np.cumsum(counts) - counts
         positions = np.arange(len(token_ids)) - np.repeat(firsts - starts, counts)
-        self._attention.step = self._attention_step(chunks, counts, starts, positions)
-        self._loaded.adapters.plan = plan = self._adapter_plan(chunks)
+        slots = self._slots(chunks, counts, positions)
+        pending = None if sampled is None else self._pending(chunks, firsts, sampled, device)
+        self._set_runs(chunks)
+        if self._graphs is not None and not routing and len(chunks) == len(token_ids):
+            inputs = np.stack([token_ids, positions, slots])
+            tables = [c.block_table for c in chunks]
+            logits = self._graphs.run(inputs, tables, self._runs, self._runs_key, pending)
+            # In the usual step every sequence wants its logits: nothing to select.
+            return logits if len(wanted) == len(chunks) else logits[_to(wanted, device)], None
+        ids = _to(np.stack([token_ids, positions]), device)
+        if pending is not None:
+            known = ids[0, : len(pending[0])]
+            torch.where(*pending, known, out=known)
+        self._attention.step = self._attention_step(chunks, counts, starts, slots)
+        plan = self._adapter_plan(len(token_ids))
+        self._loaded.adapters.plan = plan
         gates: Routing | None = None
         if plan is not None:
             if routing:
@@ -72,21 +125,15 @@ class ModelRunner:
                 gates = Routing(len(token_ids), self._num_layers, experts, device)
             plan.routing = gates
         output = self._loaded.model(
-            input_ids=torch.from_numpy(token_ids)[None].to(device),
-            position_ids=torch.from_numpy(positions)[None].to(device),
+            input_ids=ids[:1],
+            position_ids=ids[1:],
             use_cache=False,
-            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=device),
+            logits_to_keep=_to(wanted, device),
         )
         return output.logits[0], gates
 
-    def _attention_step(
-        self,
-        chunks: list[ChunkInput],
-        counts: np.ndarray,
-        starts: np.ndarray,
-        positions: np.ndarray,
-    ) -> AttentionStep:
-        size, device = self._block_size, self._loaded.device
+    def _slots(self, chunks: list[ChunkInput], counts: Ints, positions: Ints) -> Ints:
+        size = self._block_size
         slots = np.empty(len(positions), dtype=np.int64)
         first = 0
         for chunk, count in zip(chunks, counts.tolist(), strict=True):
@@ -98,6 +145,31 @@ class ModelRunner:
                 table = np.asarray(chunk.block_table)
                 slots[first : first + count] = table[at // size] * size + at % size
             first += count
+        return slots
+
+    def _pending(
+        self, chunks: list[ChunkInput], firsts: Ints, sampled: Tensor, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """Which of the first tokens are not known here, and the ids to take for them."""
+        rows = [-1 if c.pending_row is None else c.pending_row for c in chunks]
+        count = max((i for i, row in enumerate(rows) if row >= 0), default=-1) + 1
+        if count == 0:
+            return None
+        if firsts[count - 1] != count - 1:
+            raise ValueError("a chunk whose token is pending comes after one of several tokens")
+        index = _to(rows[:count], device)
+        return index >= 0, sampled[index.clamp(min=0)]
+
+    def _attention_step(
+        self, chunks: list[ChunkInput], counts: Ints, starts: Ints, slots: Ints
+    ) -> AttentionStep:
+        size, device = self._block_size, self._loaded.device
+        tables = [c.block_table for c in chunks]
+        if self._flash is not None:
+            from malora_server.model.flash import Pages
+
+            self._flash.load(_to(slots, device), Pages.of(starts, counts, tables, size))
+            return self._flash
         decodes = int(np.argmax(counts > 1)) if (counts > 1).any() else len(counts)
         blocks = []
         for part in (slice(0, decodes), slice(decodes, len(chunks))):
@@ -108,26 +180,44 @@ class ModelRunner:
                         slice(begin, begin + int(counts[part].sum())),
                         starts[part],
                         counts[part],
-                        [c.block_table for c in chunks[part]],
+                        tables[part],
                         size,
                         self._loaded.dtype,
                         device,
                     )
                 )
-        return AttentionStep(torch.from_numpy(slots).to(device), blocks)
+        return GatheredStep(_to(slots, device), blocks)
 
-    def _adapter_plan(self, chunks: list[ChunkInput]) -> BatchPlan | None:
-        """The plan of the adapters in this order of tokens; the last one's when it is the same."""
+    def _set_runs(self, chunks: list[ChunkInput]) -> None:
+        """The runs of the adapters in this order of tokens; the last ones when it is the same."""
         key = tuple((len(c.token_ids), c.adapter) for c in chunks)
-        if key == self._plan_key:
-            return self._plan
-        runs: list[Run] = []
+        if key == self._runs_key:
+            return
+        self._runs_key, self._runs, self._plan = key, [], None
         first = 0
         for adapter, adjacent in groupby(chunks, key=attrgetter("adapter")):
             count = sum(len(c.token_ids) for c in adjacent)
             if adapter is not None:
-                runs.append(Run(first, first + count, adapter))
+                self._runs.append(Run(first, first + count, adapter))
             first += count
-        self._plan_key = key
-        self._plan = plan_batch(runs, first, self._adapters) if runs else None
+
+    def _adapter_plan(self, num_tokens: int) -> BatchPlan | None:
+        if self._runs and self._plan is None:
+            self._plan = plan_batch(self._runs, num_tokens, self._adapters)
         return self._plan
+
+
+def _to(values: Ints | list[int], device: torch.device) -> Tensor:
+    """Int64 on the device, without waiting for it."""
+    host = torch.as_tensor(values, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _takes_flash(loaded: LoadedModel) -> bool:
+    """Whether FlashInfer has kernels for the model's attention on its device."""
+    if loaded.device.type != "cuda":
+        return False
+    from malora_server.model.flash import DTYPES, HEAD_DIMS
+
+    dims = {dim for _, (_, dim) in attention_layers(loaded.model)}
+    return loaded.dtype in DTYPES and dims <= set(HEAD_DIMS)

@@ -1,0 +1,296 @@
+"""Decode steps and prefill on a GPU: batches with and without adapters, against the base alone.
+
+    python -m benchmarks.gpu_decode [--shape 8b] [--batch 64] [--rows base,lora-16x64] [--json FILE]
+
+The base model has random weights of a published shape, in bfloat16. Every row runs the same
+prompts for the same number of new tokens, greedily, through the engine as the server runs it;
+a decode step's time is wall time, from one step's tokens to the next's, all sequences decoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer import Option
+
+from malora.format import AdaptedLinear
+from malora_server.engine.config import EngineConfig
+from malora_server.engine.core import EngineCore
+from malora_server.engine.messages import SamplingParams, Submit
+
+PROMPT_TOKENS = 256
+NEW_TOKENS = 256
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+}
+"""Llama 3.1 8B's and Llama 3.2 1B's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The sizes of one kind of adapter; `family`: all share one basis."""
+
+    num_experts: int
+    top_k: int
+    r: int
+    basis_dim: int
+    reads_basis: bool = False
+    family: bool = False
+
+
+KINDS = {
+    "family": Kind(8, 2, 8, 64, reads_basis=True, family=True),
+    "own": Kind(8, 2, 8, 16),
+    "lora16": Kind(1, 1, 16, 16),
+    "lora64": Kind(1, 1, 64, 64),
+}
+ROWS: dict[str, tuple[str | None, int, int]] = {
+    "base": (None, 0, 0),
+    "64 adapters resident, none used": ("lora16", 0, 64),
+    "one in the batch has a LoRA r=16": ("lora16", 1, 1),
+    "one LoRA r=16": ("lora16", 1, 64),
+    "64 LoRAs r=16": ("lora16", 64, 64),
+    "one MALoRA, family": ("family", 1, 64),
+    "64 MALoRAs, family": ("family", 64, 64),
+    "one MALoRA, own basis": ("own", 1, 64),
+    "64 MALoRAs, own bases": ("own", 64, 64),
+    "64 LoRAs r=64": ("lora64", 64, 64),
+}
+"""Row -> the kind of its adapters, how many are used, and by how many of each 64 requests."""
+VLLM = {
+    ("8b", 1): {"base": 4.85, "one LoRA r=16": 6.65},
+    ("8b", 16): {"base": 4.89, "one LoRA r=16": 6.66, "64 LoRAs r=16": 12.4},
+    ("8b", 64): {
+        "base": 6.19,
+        "one LoRA r=16": 7.85,
+        "64 LoRAs r=16": 32.7,
+        "64 LoRAs r=64": 63.6,
+    },
+    ("8b", 128): {
+        "base": 7.47,
+        "one LoRA r=16": 10.6,
+        "64 LoRAs r=16": 29.9,
+        "64 LoRAs r=64": 38.1,
+    },
+    ("1b", 64): {"base": 2.36, "64 LoRAs r=16": 10.7},
+}
+"""Milliseconds a decode step of vLLM 0.26.0 as installed, on an H200 on 2026-11-22: torch 2.11,
+CUDA graphs, asynchronous scheduling, FlashAttention 3; the same shapes, prompts and lengths."""
+
+
+def main(
+    shape: Annotated[str, Option(help="8b or 1b.")] = "8b",
+    batch: Annotated[list[int] | None, Option(help="Requests at a time.")] = None,
+    rows: Annotated[str, Option(help="Kinds of adapters, comma-separated.")] = ",".join(KINDS),
+    prefill: Annotated[bool, Option(help="Measure prefill too.")] = True,
+    json_file: Annotated[Path | None, Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Measure decode steps and prefill of our engine, with every kind of adapter."""
+    batches = batch or [64]
+    core = _engine(shape, max(batches))
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "shape": shape}
+    for kind in ["", *rows.split(",")]:
+        if kind:
+            _add_adapters(core, kind)
+        for size in batches:
+            for row, (of, used, among) in ROWS.items():
+                if (of or "") == kind:
+                    _measure(core, shape, size, row, (kind, used, among), prefill, results)
+        if kind:
+            _remove_adapters(core)
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=2))
+    _print(results, shape, batches)
+
+
+def _measure(
+    core: EngineCore,
+    shape: str,
+    size: int,
+    row: str,
+    use: tuple[str, int, int],
+    prefill: bool,
+    results: dict[str, Any],
+) -> None:
+    kind, used, among = use
+    # A row's adapters, repeated over a larger batch; of 64 requests `among` have one.
+    names = [f"{kind}-{i % used}" if used and i % 64 < among else None for i in range(size)]
+    figures: dict[str, float | None] = {"step_ms": _decode(core, names)}
+    if prefill and size == 64:
+        figures["prefill_tokens_per_second"] = _prefill(core, names)
+    figures["vllm_step_ms"] = VLLM.get((shape, size), {}).get(row)
+    results.setdefault(str(size), {})[row] = figures
+    print(size, row, figures, flush=True)
+
+
+def _engine(shape: str, max_batch: int) -> EngineCore:
+    config = transformers.LlamaConfig(
+        **SHAPES[shape], max_position_embeddings=8192, eos_token_id=None, bos_token_id=None
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = transformers.LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    return EngineCore(
+        EngineConfig(
+            base=shape,
+            max_num_seqs=max_batch,
+            max_model_len=PROMPT_TOKENS + NEW_TOKENS + 1,
+            max_num_batched_tokens=8192,
+            enable_prefix_caching=False,
+        ),
+        model,
+    )
+
+
+def _add_adapters(core: EngineCore, kind: str, count: int = 64) -> None:
+    """Random adapters, straight to the device. All share the CPU's copy of their up-projections."""
+    of = KINDS[kind]
+    store = core._adapters
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        values = torch.empty(shape).uniform_(-0.03, 0.03, generator=generator)
+        return values.to(torch.bfloat16)
+
+    first: dict[str, AdaptedLinear] = {}
+    for number in range(count):
+        linears = {}
+        for path, (out_features, in_features) in _sites(core).items():
+            routed = of.num_experts > 1
+            linear = first.get(path)
+            basis = (
+                linear.basis
+                if linear is not None and of.family
+                else rand(of.basis_dim, in_features)
+            )
+            read = of.basis_dim if of.reads_basis else in_features
+            linears[path] = AdaptedLinear(
+                basis=basis,
+                up=rand(of.num_experts, out_features, of.r) if linear is None else linear.up,
+                coefficients=rand(of.num_experts, of.r, of.basis_dim) if routed else None,
+                router=rand(of.num_experts, read) if routed else None,
+                router_input="basis" if of.reads_basis else "hidden",
+                top_k=of.top_k,
+                scaling=1.0,
+            )
+        first = first or linears
+        name = f"{kind}-{number}"
+        store._resident[name] = store._memory.add(name, linears)
+
+
+def _remove_adapters(core: EngineCore) -> None:
+    store = core._adapters
+    core._runner._runs_key, core._runner._runs, core._runner._plan = (), [], None
+    for name in list(store._resident):
+        store._memory.remove(store._resident.pop(name))
+    torch.cuda.empty_cache()
+
+
+def _sites(core: EngineCore) -> dict[str, tuple[int, int]]:
+    """Path -> (outputs, inputs)."""
+    return {
+        site.path: (site.width, group.in_features)
+        for group in core._loaded.groups
+        for site in group.sites
+    }
+
+
+def _submit(core: EngineCore, names: list[str | None], new_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for number, name in enumerate(names):
+        ids = torch.randint(1000, 100_000, (PROMPT_TOKENS,), generator=generator).tolist()
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, seed=0, ignore_eos=True)
+        failure = core.add(
+            Submit(
+                request_id=str(number),
+                prompt_token_ids=ids,
+                sampling=sampling,
+                adapter=name,
+                digest=name,
+            )
+        )
+        if failure is not None:
+            raise RuntimeError(failure.error)
+
+
+def _decode(core: EngineCore, names: list[str | None]) -> float:
+    """Median milliseconds a step while every sequence decodes."""
+    _submit(core, names, NEW_TOKENS)
+    times: list[float] = []
+    last = time.perf_counter()
+    while core.has_work:
+        outputs = core.step()
+        now = time.perf_counter()
+        if len(outputs.outputs) == len(names):
+            times.append(now - last)
+        last = now
+    return statistics.median(times[5:]) * 1e3
+
+
+def _prefill(core: EngineCore, names: list[str | None]) -> float:
+    """Prompt tokens a second, the median of three."""
+    rates = []
+    for _ in range(3):
+        _submit(core, names, 1)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        while core.has_work:
+            core.step()
+        rates.append(len(names) * PROMPT_TOKENS / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def _print(results: dict[str, Any], shape: str, batches: list[int]) -> None:
+    for size in batches:
+        figures = results[str(size)]
+        base = figures["base"]
+        table = Table(
+            "row", "step, ms", "of base", "vLLM", "of its base", "prefill, tok/s", "of base",
+            title=f"{shape} on {results['device']}, {size} requests, "
+            f"{PROMPT_TOKENS} + {NEW_TOKENS} tokens",
+        )  # fmt: skip
+        for row, of in figures.items():
+            theirs, their_base = of["vllm_step_ms"], base["vllm_step_ms"]
+            rate = of.get("prefill_tokens_per_second")
+            table.add_row(
+                row,
+                f"{of['step_ms']:.2f}",
+                f"{of['step_ms'] / base['step_ms']:.3f}",
+                "" if theirs is None else f"{theirs:.2f}",
+                "" if theirs is None else f"{theirs / their_base:.2f}",
+                "" if rate is None else f"{rate:.0f}",
+                "" if rate is None else f"{rate / base['prefill_tokens_per_second']:.3f}",
+            )
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,240 @@
+"""Paged attention by FlashInfer, in half precision on CUDA.
+
+FlashInfer divides a batch's work on the host (`plan`), once a step for each kind of attention that
+the model's layers have, and reads the division from device memory, so that a captured graph stays
+right when the next step's is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from malora_server.model.attention import LARGEST, LayerCache
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 128, 256)
+_WORKSPACE_BYTES = 256 << 20
+"""For the partial results of sequences that are read in several parts."""
+
+
+@triton.jit
+def _store_one(pool, new, slot, token, token_stride, head_stride, heads, dim, HEADS, DIM, LIMIT):
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, DIM)[None, :]
+    inside = (head < heads) & (column < dim)
+    x = tl.load(new + token * token_stride + head * head_stride + column, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    finite = tl.where(tl.abs(wide) < float("inf"), tl.clamp(wide, -LIMIT, LIMIT), 0.0)
+    tl.store(pool + (slot * heads + head) * dim + column, finite.to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _store(
+    keys,
+    values,
+    new_keys,
+    new_values,
+    slots,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    heads,
+    dim,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """Each token's keys and values to its slot, NaN and infinities as zeros."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    _store_one(
+        keys, new_keys, slot, token, key_token_stride, key_head_stride, heads, dim,
+        HEADS, DIM, LIMIT,
+    )  # fmt: skip
+    _store_one(
+        values, new_values, slot, token, value_token_stride, value_head_stride, heads, dim,
+        HEADS, DIM, LIMIT,
+    )  # fmt: skip
+
+
+def store(cache: LayerCache, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Write the tokens' keys and values, (T, kv_heads, D), to their slots, (T,) int64.
+
+    What others may read as padding, or once the slot is theirs, must be finite.
+    """
+    heads, dim = cache.keys.shape[2:]
+    _store[(len(slots),)](
+        cache.keys,
+        cache.values,
+        key,
+        value,
+        slots,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        heads,
+        dim,
+        HEADS=triton.next_power_of_2(heads),
+        DIM=triton.next_power_of_2(dim),
+        LIMIT=min(LARGEST, torch.finfo(key.dtype).max),
+        num_warps=4,
+    )
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Whose tokens a step has, and where their keys lie, as FlashInfer wants it; on the host."""
+
+    tokens: NDArray[np.int32]
+    """(B + 1,) each chunk's first token in the step, and the number of all."""
+    blocks: NDArray[np.int32]
+    """(B + 1,) each chunk's first place in `table`, and the length of that."""
+    table: NDArray[np.int32]
+    """The chunks' blocks, end to end."""
+    last: NDArray[np.int32]
+    """(B,) slots used of each chunk's last block."""
+
+    @classmethod
+    def of(
+        cls,
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        block_tables: list[list[int]],
+        block_size: int,
+    ) -> Pages:
+        """starts, counts: (B,) first position and number of tokens of each chunk."""
+        ends = starts + counts
+        used = -(-ends // block_size)
+        table = np.concatenate(
+            [
+                np.array(blocks[:n], np.int32)
+                for blocks, n in zip(block_tables, used.tolist(), strict=True)
+            ]
+        )
+        return cls(
+            _cumulated(counts),
+            _cumulated(used),
+            table,
+            ((ends - 1) % block_size + 1).astype(np.int32),
+        )
+
+
+def _cumulated(counts: NDArray[np.int64]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What FlashInfer's division of a batch depends on, beside the batch."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class FlashStep:
+    """One step's tokens; loaded with the next step's, also after a graph captured its kernels."""
+
+    def __init__(self, device: torch.device, graph: tuple[int, int] | None = None) -> None:
+        """graph: the number of tokens, one a sequence, and most blocks, that a graph captures."""
+        self._device = device
+        self._graph = graph
+        self._wrappers: dict[_Kind, Any] = {}
+        self._pages: Pages | None = None
+        self._copied = torch.cuda.Event()
+        self._slots = torch.empty(0, dtype=torch.int64, device=device)
+
+    def load(self, slots: Tensor, pages: Pages) -> None:
+        """slots: (T,) int64, on the device: block * block_size + offset of each token."""
+        self._slots, self._pages = slots, pages
+        # FlashInfer's host buffers are its own: the last step's must have been read.
+        self._copied.synchronize()
+        for kind, wrapper in self._wrappers.items():
+            self._plan(wrapper, kind)
+        self._copied.record()
+
+    def attend(
+        self,
+        cache: LayerCache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `AttentionStep`."""
+        store(cache, key, value, self._slots)
+        block_size, kv_heads, head_dim = cache.keys.shape[1:]
+        kind = _Kind(
+            query.shape[1], kv_heads, head_dim, block_size, query.dtype, scale, window, softcap
+        )
+        wrapper = self._wrappers.get(kind)
+        if wrapper is None:
+            wrapper = self._wrappers[kind] = self._wrapper()
+            self._plan(wrapper, kind)
+        out: Tensor = wrapper.run(query.contiguous(), (cache.keys, cache.values))
+        return out
+
+    def _wrapper(self) -> Any:
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper  # takes seconds to import
+
+        workspace = _workspace(self._device)
+        if self._graph is None:
+            return BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
+        tokens, blocks = self._graph
+
+        def buffer(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=self._device)
+
+        return BatchPrefillWithPagedKVCacheWrapper(
+            workspace,
+            "NHD",
+            use_cuda_graph=True,
+            qo_indptr_buf=buffer(tokens + 1),
+            paged_kv_indptr_buf=buffer(tokens + 1),
+            paged_kv_indices_buf=buffer(blocks),
+            paged_kv_last_page_len_buf=buffer(tokens),
+            backend="fa2",
+        )
+
+    def _plan(self, wrapper: Any, kind: _Kind) -> None:
+        pages = self._pages
+        assert pages is not None, "load before attend"
+        wrapper.plan(
+            torch.from_numpy(pages.tokens),
+            torch.from_numpy(pages.blocks),
+            torch.from_numpy(pages.table).pin_memory().to(self._device, non_blocking=True),
+            torch.from_numpy(pages.last),
+            kind.heads,
+            kind.kv_heads,
+            kind.head_dim,
+            kind.block_size,
+            causal=True,
+            sm_scale=kind.scale,
+            window_left=-1 if kind.window is None else kind.window - 1,
+            logits_soft_cap=kind.softcap,
+            q_data_type=kind.dtype,
+            kv_data_type=kind.dtype,
+        )
+
+
+@cache
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)

@@ -1,0 +1,141 @@
+"""The engine on a GPU in bfloat16 (graphs, FlashInfer, Triton) against itself on the CPU in float32.
+
+What is generated there is scored here: log-probabilities must agree within bfloat16's precision.
+"""
+
+import pytest
+import torch
+import transformers
+
+from malora.format import AdaptedLinear
+from malora_server.engine.config import EngineConfig
+from malora_server.engine.core import EngineCore
+from malora_server.engine.messages import SamplingParams, Submit
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+KINDS = {
+    "lora": (1, 1, 16, 16, "hidden"),
+    "family": (8, 2, 8, 32, "basis"),
+    "own": (4, 2, 8, 16, "hidden"),
+    "wide": (1, 1, 96, 96, "hidden"),
+}
+COUNT = 64
+
+
+def make_linears(core, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(shape, generator=generator).mul(0.1).bfloat16()
+
+    n_experts, top_k, r, d, reads = KINDS[kind]
+    return {
+        site.path: AdaptedLinear(
+            basis=rand(d, group.in_features),
+            up=rand(n_experts, site.width, r),
+            coefficients=rand(n_experts, r, d) if n_experts > 1 else None,
+            router=None
+            if n_experts == 1
+            else rand(n_experts, d if reads == "basis" else group.in_features) * 20,
+            router_input=reads,
+            top_k=top_k,
+            scaling=0.5,
+        )
+        for group in core._loaded.groups
+        for site in group.sites
+    }
+
+
+@pytest.fixture(scope="module")
+def cores():
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=None,
+        bos_token_id=None,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).bfloat16()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    reference = transformers.LlamaForCausalLM(config)
+    reference.load_state_dict(state)
+    engine = EngineConfig(base="", max_num_seqs=COUNT, kv_cache_memory=1 << 25, max_model_len=256)
+    gpu = EngineCore(engine, model.cuda())
+    # Captured before there is any adapter, and before the widest of them.
+    gpu._runner.capture(adapted=True)
+    cpu = EngineCore(engine, reference)
+    for number in range(COUNT):
+        kind = list(KINDS)[number % len(KINDS)]
+        linears = make_linears(gpu, kind, number)
+        for core in (gpu, cpu):
+            store = core._adapters
+            store._resident[str(number)] = store._memory.add(str(number), linears)
+    return gpu, cpu
+
+
+def generate(core, requests, sampling):
+    """requests: (prompt, adapter) each. Returns (ids, log-probabilities) of each."""
+    for number, (prompt, adapter) in enumerate(requests):
+        failure = core.add(
+            Submit(
+                request_id=str(number),
+                prompt_token_ids=prompt,
+                sampling=sampling,
+                adapter=adapter,
+                digest=adapter,
+            )
+        )
+        assert failure is None
+    results = [([], []) for _ in requests]
+    while core.has_work:
+        for output in core.step().outputs:
+            assert output.error is None, output.error
+            ids, logprobs = results[int(output.request_id)]
+            ids += output.token_ids
+            logprobs += output.prompt_logprobs or []
+            logprobs += output.logprobs or []
+    return results
+
+
+def prompts(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 60, (count,), generator=generator).tolist()
+    return [torch.randint(0, 512, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("count", [1, 3, 17, 64])
+@pytest.mark.parametrize("mix", ["none", "one", "all", "some", "same"])
+def test_a_graph_is_right_for_every_mix(cores, count, mix):
+    gpu, cpu = cores
+    names = {
+        "none": [None] * count,
+        "one": ["5"] + [None] * (count - 1),
+        "all": [str(i) for i in range(count)],
+        "some": [str(i % 7) if i % 3 else None for i in range(count)],
+        "same": ["2"] * count,
+    }[mix]
+    requests = list(zip(prompts(count), names, strict=True))
+    generated = generate(
+        gpu, requests, SamplingParams(max_tokens=12, temperature=0.0, seed=0, logprobs=0)
+    )
+    forced = [
+        (prompt + ids, adapter)
+        for (prompt, adapter), (ids, _) in zip(requests, generated, strict=True)
+    ]
+    scored = generate(
+        cpu, forced, SamplingParams(max_tokens=1, temperature=0.0, seed=0, prompt_logprobs=0)
+    )
+    errors = []
+    for (prompt, _), (ids, got), (_, want) in zip(requests, generated, scored, strict=True):
+        assert len(ids) == 12
+        expected = want[len(prompt) - 1 : len(prompt) + 11]
+        errors += [abs(a.logprob - b.logprob) for a, b in zip(got, expected, strict=True)]
+    assert max(errors) < 0.5
+    assert sum(errors) / len(errors) < 0.05

@@ -1,12 +1,18 @@
-"""The engine: takes requests, runs steps, gives back tokens. One thread, no I/O of its own."""
+"""The engine: takes requests, runs steps, gives back tokens. One thread, no I/O of its own.
+
+On a GPU steps are pipelined: the next one is scheduled and launched while the device still computes
+this one, its unknown tokens read on the device from where they were sampled. The one wait is for
+the event after which a step's tokens are on the host.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -27,6 +33,7 @@ from malora_server.engine.messages import (
     TokenLogprobs,
     TokenRouting,
 )
+from malora_server.engine.penalties import is_penalised
 from malora_server.engine.sampler import Sampled, Sampler, prompt_logprobs
 from malora_server.engine.scheduler import Chunk, Scheduler
 from malora_server.engine.sequence import Sequence
@@ -49,11 +56,110 @@ class _Request:
     started: bool = False
 
 
+@dataclass(frozen=True)
+class _Gates:
+    """The gates of a step's sampled tokens, averaged: over all routed linears, and by layer.
+
+    mean: (B, N). layers: (B, layers, N).
+    """
+
+    mean: Tensor
+    layers: Tensor
+
+    @classmethod
+    def of(cls, routing: Routing, rows: list[int]) -> _Gates:
+        """rows: the step's tokens that are asked for."""
+        gates = routing.gates[rows]
+        mean = gates.sum(1)
+        return cls(
+            mean / mean.sum(-1, keepdim=True).clamp_min(1e-20),
+            gates / gates.sum(-1, keepdim=True).clamp_min(1e-20),
+        )
+
+
+class _InFlight:
+    """A step that was launched: its results are on the way from the device to the host."""
+
+    def __init__(
+        self,
+        chunks: list[Chunk],
+        sequences: list[Sequence],
+        sampled: Sampled | None,
+        gates: _Gates | None,
+    ) -> None:
+        """sequences: those that sample, a row of `sampled` each, None where there are none."""
+        self.chunks = chunks
+        self.sequences = sequences
+        self.token_ids = None if sampled is None else sampled.token_ids
+        """(B,) int64, on the device."""
+        self.rows = {seq.request_id: row for row, seq in enumerate(sequences)}
+        self.settles_first = any(is_penalised(seq) for seq in sequences)
+        """Whether the next step's sampling needs this one's tokens on the host."""
+        self._event: torch.cuda.Event | None = None
+        self._sampled = None if sampled is None else _on_host(sampled)
+        self._gates = None if gates is None else _on_host(gates)
+        if self.token_ids is not None and self.token_ids.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait until the results are here, then read them."""
+        if self._event is not None:
+            self._event.synchronize()
+        sampled = self._sampled
+        self.tokens: list[int] = [] if sampled is None else sampled.token_ids.tolist()
+        self.bad: list[bool] = [] if sampled is None else sampled.bad.tolist()
+
+    def token_logprobs(self, row: int) -> TokenLogprobs | None:
+        """What a row's sequence asked to know of its token's alternatives."""
+        top = self.sequences[row].sampling.logprobs
+        if top is None or self._sampled is None or self._sampled.logprobs is None:
+            return None
+        ids, values = self._sampled.top_ids, self._sampled.top_logprobs
+        return TokenLogprobs(
+            self.tokens[row],
+            float(self._sampled.logprobs[row]),
+            [] if ids is None else ids[row, :top].tolist(),
+            [] if values is None else values[row, :top].tolist(),
+        )
+
+    def token_routing(self, row: int) -> TokenRouting | None:
+        """What a row's sequence asked to know of its token's gates; None without any."""
+        asked = self.sequences[row].sampling.routing
+        if asked is None or self._gates is None or not self._gates.mean[row].any():
+            return None
+        layers = self._gates.layers[row].tolist() if asked == "layers" else None
+        return TokenRouting(self._gates.mean[row].tolist(), layers)
+
+
+_Results = TypeVar("_Results", Sampled, _Gates)
+
+
+def _on_host(results: _Results) -> _Results:
+    """The results, on the host once the device gets there."""
+    values: dict[str, Any] = {}
+    for f in fields(results):
+        value: Tensor | None = getattr(results, f.name)
+        if value is not None and value.is_cuda:
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            value = host.copy_(value, non_blocking=True)
+        values[f.name] = value
+    return type(results)(**values)
+
+
 class EngineCore:
     """Loads the base model and the adapters, then serves requests step by step."""
 
-    def __init__(self, config: EngineConfig, model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: PreTrainedModel | None = None,
+        pipelined: bool | None = None,
+    ) -> None:
         """model: the base model, where it is in memory already; it is changed.
+
+        pipelined: whether the next step is launched before this one's tokens are known. None: on a
+        GPU, which computes meanwhile.
 
         Raises OSError or ValueError, with a message for the user, where it cannot start.
         """
@@ -92,6 +198,8 @@ class EngineCore:
         )
         self._sampler = Sampler()
         self._requests: dict[str, _Request] = {}
+        self._in_flight: _InFlight | None = None
+        self._pipelined = device.type == "cuda" if pipelined is None else pipelined
         self._arrivals = count()
         self._steps = 0
         self.ready = Ready(
@@ -106,8 +214,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is waiting or running."""
-        return self._scheduler.has_work
+        """Whether any sequence is waiting or running, or a step under way."""
+        return self._scheduler.has_work or self._in_flight is not None
 
     def add(self, submit: Submit) -> SequenceOutput | None:
         """Queue a request; returns its end at once where it cannot be served."""
@@ -148,28 +256,47 @@ class EngineCore:
         )
 
     def step(self) -> Outputs:
-        """Run one step; what it added to each sequence, and what it ended."""
+        """Launch one step; what the last one launched added to each sequence, and what it ended.
+
+        Where steps are not pipelined, that is this one itself.
+        """
+        outputs: list[SequenceOutput] = []
+        if self._in_flight is not None and self._in_flight.settles_first:
+            outputs += self._settle()
         chunks = self._scheduler.schedule()
-        if not chunks:
-            return Outputs([], self.stats())
-        try:
-            outputs = self._run(chunks)
-        except Exception:
-            # Whatever broke, it broke these sequences alone: they end, the engine goes on.
-            logger.exception("a step of %d sequences failed", len(chunks))
-            ids = [chunk.seq.request_id for chunk in chunks]
-            self.abort(ids)
-            outputs = [_failure(i, "the engine failed on this request; see its log") for i in ids]
-        self._steps += 1
+        launched = self._launch(chunks, outputs) if chunks else None
+        outputs += self._settle()
+        self._in_flight = launched
+        if not self._pipelined:
+            outputs += self._settle()
         return Outputs(outputs, self.stats())
 
-    def _run(self, chunks: list[Chunk]) -> list[SequenceOutput]:
+    def _fail(self, chunks: list[Chunk]) -> list[SequenceOutput]:
+        # Whatever broke, it broke these sequences alone: they end, the engine goes on.
+        logger.exception("a step of %d sequences failed", len(chunks))
+        ids = [i for i in (chunk.seq.request_id for chunk in chunks) if i in self._requests]
+        self.abort(ids)
+        return [_failure(i, "the engine failed on this request; see its log") for i in ids]
+
+    def _launch(self, chunks: list[Chunk], outputs: list[SequenceOutput]) -> _InFlight | None:
+        """Queue a step's work on the device; failures go to `outputs`."""
+        try:
+            return self._run(chunks)
+        except Exception:
+            outputs += self._fail(chunks)
+            return None
+        finally:
+            self._steps += 1
+
+    def _run(self, chunks: list[Chunk]) -> _InFlight:
+        pending = {} if self._in_flight is None else self._in_flight.rows
         inputs = [
             ChunkInput(
                 chunk.seq.token_ids[chunk.start : chunk.start + chunk.num_tokens],
                 chunk.start,
                 chunk.seq.block_table,
                 self._requests[chunk.seq.request_id].adapter,
+                pending.get(chunk.seq.request_id) if chunk.seq.num_pending else None,
             )
             for chunk in chunks
         ]
@@ -191,44 +318,55 @@ class EngineCore:
                 wanted.append(first + chunk.num_tokens - 1)
             first += chunk.num_tokens
         routed = any(seq.sampling.routing is not None for seq in sequences)
-        logits, routing = self._runner.run(inputs, wanted, routed)
+        token_ids = None if self._in_flight is None else self._in_flight.token_ids
+        logits, routing = self._runner.run(inputs, wanted, routed, token_ids)
         for chunk, rows in prompts:
             self._keep_prompt_logprobs(chunk, logits[rows])
         if prompts:
             logits = logits[torch.tensor(sampled_rows, device=logits.device, dtype=torch.int64)]
-        if not sequences:
-            self._scheduler.update(chunks, [])
-            return []
-        sampled = self._sampler.sample(logits, sequences)
-        token_ids = sampled.token_ids.tolist()
-        bad = [seq for seq, is_bad in zip(sequences, sampled.bad.tolist(), strict=True) if is_bad]
-        self.abort([seq.request_id for seq in bad])
-        self._scheduler.update(chunks, token_ids)
-        gates = _gates(routing, sampled_at, sequences) if routed else [None] * len(sequences)
-        logprobs = _token_logprobs(sampled, token_ids, sequences)
-        return [
-            self._output(seq, token, logprob, gate)
-            for seq, token, logprob, gate in zip(sequences, token_ids, logprobs, gates, strict=True)
-        ]
+        sampled = self._sampler.sample(logits, sequences) if sequences else None
+        gates = None if routing is None else _Gates.of(routing, sampled_at)
+        self._scheduler.advance(chunks)
+        return _InFlight(chunks, sequences, sampled, gates)
 
-    def _output(
-        self,
-        seq: Sequence,
-        token_id: int,
-        logprobs: TokenLogprobs | None,
-        routing: TokenRouting | None,
-    ) -> SequenceOutput:
-        request_id = seq.request_id
-        if request_id not in self._requests:
-            return _failure(request_id, "the model gave no finite scores for the next token")
-        request = self._requests[request_id]
+    def _settle(self) -> list[SequenceOutput]:
+        """Wait for the tokens of the step in flight, and take them in."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            return []
+        try:
+            step.wait()
+        except Exception:
+            return self._fail(step.chunks)
+        # Those that finished or were aborted since want no more.
+        live = [seq for seq in step.sequences if seq.request_id in self._requests]
+        bad = {
+            seq.request_id
+            for seq, is_bad in zip(step.sequences, step.bad, strict=True)
+            if is_bad and seq.request_id in self._requests
+        }
+        self.abort(list(bad))
+        self._scheduler.settle(step.chunks, step.tokens)
+        outputs = []
+        for row, seq in enumerate(step.sequences):
+            if seq.request_id in bad:
+                error = "the model gave no finite scores for the next token"
+                outputs.append(_failure(seq.request_id, error))
+            elif seq in live:
+                outputs.append(self._output(seq, step, row))
+        return outputs
+
+    def _output(self, seq: Sequence, step: _InFlight, row: int) -> SequenceOutput:
+        request = self._requests[seq.request_id]
         first = not request.started
         request.started = True
         if seq.finish_reason is not None:
-            del self._requests[request_id]
+            del self._requests[seq.request_id]
+        logprobs = step.token_logprobs(row)
+        routing = step.token_routing(row)
         return SequenceOutput(
-            request_id,
-            [token_id],
+            seq.request_id,
+            [step.tokens[row]],
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
             num_cached_tokens=seq.num_cached_tokens,
@@ -260,43 +398,6 @@ def _num_predicted_prompt_tokens(chunk: Chunk) -> int:
     if seq.sampling.prompt_logprobs is None or seq.num_output_tokens:
         return 0
     return max(0, min(chunk.start + chunk.num_tokens, seq.num_prompt_tokens - 1) - chunk.start)
-
-
-def _token_logprobs(
-    sampled: Sampled, token_ids: list[int], sequences: list[Sequence]
-) -> list[TokenLogprobs | None]:
-    if sampled.logprobs is None:
-        return [None] * len(sequences)
-    logprobs = sampled.logprobs.tolist()
-    empty: list[list[int]] = [[]] * len(sequences)
-    top_ids = empty if sampled.top_ids is None else sampled.top_ids.tolist()
-    top_logprobs = empty if sampled.top_logprobs is None else sampled.top_logprobs.tolist()
-    return [
-        None
-        if (top := seq.sampling.logprobs) is None
-        else TokenLogprobs(token, logprob, ids[:top], values[:top])
-        for seq, token, logprob, ids, values in zip(
-            sequences, token_ids, logprobs, top_ids, top_logprobs, strict=True
-        )
-    ]
-
-
-def _gates(
-    routing: Routing | None, rows: list[int], sequences: list[Sequence]
-) -> list[TokenRouting | None]:
-    """The gates of the tokens at `rows`, averaged over all routed linears and by layer."""
-    if routing is None:
-        return [None] * len(sequences)
-    gates = routing.gates[rows]
-    layers = gates / gates.sum(-1, keepdim=True).clamp_min(1e-20)
-    mean = gates.sum(1)
-    mean /= mean.sum(-1, keepdim=True).clamp_min(1e-20)
-    return [
-        None
-        if seq.sampling.routing is None or not any(row)
-        else TokenRouting(row, by_layer if seq.sampling.routing == "layers" else None)
-        for seq, row, by_layer in zip(sequences, mean.tolist(), layers.tolist(), strict=True)
-    ]
 
 
 def _failure(request_id: str, error: str) -> SequenceOutput:

@@ -104,10 +104,11 @@ class BlockManager:
         return True
 
     def commit(self, seq: Sequence) -> None:
-        """Register the blocks that have become full and computed since the last call."""
+        """Register the blocks that have become full, computed and known since the last call."""
         if not self.enable_prefix_caching:
             return
-        num_full = seq.num_computed_tokens // self.block_size
+        num_known = len(seq.token_ids) - seq.num_pending
+        num_full = min(seq.num_computed_tokens, num_known) // self.block_size
         self._extend_hashes(seq, num_full)
         for index in range(seq.num_registered_blocks, num_full):
             key = seq.block_hashes[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from malora_server.engine.fairness import (
     OUTPUT_TOKEN_COST,
@@ -24,14 +24,11 @@ class Chunk:
     seq: Sequence
     start: int
     num_tokens: int
+    samples: bool = field(init=False)
+    """Whether it reaches the sequence's last token, so that its logits give the next one."""
 
-    @property
-    def samples(self) -> bool:
-        """Whether it reaches the last known token, so that its logits give the next one.
-
-        Ask before the step's tokens are appended.
-        """
-        return self.start + self.num_tokens == len(self.seq.token_ids)
+    def __post_init__(self) -> None:
+        self.samples = self.start + self.num_tokens == len(self.seq.token_ids)
 
 
 class Scheduler:
@@ -117,7 +114,7 @@ class Scheduler:
         """The next step's chunks: first the decodes, one token each, then parts of prompts.
 
         Every chunk's tokens have their blocks. Depends on how many tokens sequences have, never
-        on which.
+        on which: so the next step can be scheduled while this one's tokens are still unknown.
         """
         self._reclaim()
         self._sort_running()
@@ -130,6 +127,8 @@ class Scheduler:
         for seq in self._running:
             if budget == 0:
                 return chunks
+            if seq.num_pending and len(seq.token_ids) >= seq.max_len:
+                continue  # its last token is on its way
             start = seq.num_computed_tokens
             if len(seq.token_ids) - start > 1:
                 prefills.append(seq)
@@ -146,11 +145,20 @@ class Scheduler:
             self._admit(budget, chunks)
         return chunks
 
-    def update(self, chunks: list[Chunk], token_ids: SequenceOf[int]) -> list[Sequence]:
-        """Take in what a step computed; returns the sequences it finished, their blocks freed.
+    def advance(self, chunks: list[Chunk]) -> None:
+        """Take a step as under way: what it computes counts, its tokens are expected."""
+        for chunk in chunks:
+            chunk.seq.num_computed_tokens = chunk.start + chunk.num_tokens
+            if chunk.samples:
+                chunk.seq.expect()
+
+    def settle(self, chunks: list[Chunk], token_ids: SequenceOf[int]) -> list[Sequence]:
+        """Take in the tokens of a step under way; returns the sequences that they finished.
 
         `token_ids` has one token for each chunk that `samples`, in the chunks' order, also for
-        those aborted since, whose tokens are dropped.
+        those finished or aborted since, whose tokens are dropped. What finishes frees its blocks at
+        once, though the next step, under way too, may still write there: whoever is given them
+        does so after it.
         """
         finished: list[Sequence] = []
         block_manager = self.block_manager
@@ -158,22 +166,25 @@ class Scheduler:
         num_sampled = 0
         for chunk in chunks:
             seq = chunk.seq
-            end = chunk.start + chunk.num_tokens
-            samples = end == len(seq.token_ids)
-            num_sampled += samples
-            if seq.status is not Status.RUNNING:
+            num_sampled += chunk.samples
+            if seq.status is Status.FINISHED:
                 continue
-            seq.num_computed_tokens = end
-            if end >= (seq.num_registered_blocks + 1) * block_size:
-                block_manager.commit(seq)
-            if samples:
+            end = chunk.start + chunk.num_tokens
+            done = False
+            if chunk.samples:
                 self._service[seq].service += OUTPUT_TOKEN_COST
-                if seq.append(token_ids[num_sampled - 1]):
-                    finished.append(seq)
+                done = seq.settle(end, token_ids[num_sampled - 1])
+            if seq.num_computed_tokens >= (seq.num_registered_blocks + 1) * block_size:
+                block_manager.commit(seq)
+            if done:
+                finished.append(seq)
         if num_sampled != len(token_ids):
             raise ValueError(f"a step samples {num_sampled} tokens but brought {len(token_ids)}")
         for seq in finished:
-            self._stop_running(seq)
+            if seq.status is Status.WAITING:
+                self._waiting.remove(seq)
+            else:
+                self._stop_running(seq)
             self._finish(seq)
         return finished
 
@@ -186,8 +197,8 @@ class Scheduler:
     def _admit(self, budget: int, chunks: list[Chunk]) -> None:
         while budget > 0 and len(self._running) < self.max_num_seqs:
             seq = self._waiting.first()
-            if seq is None:
-                return
+            if seq is None or seq.num_pending:
+                return  # it gave way with its last token under way: the next step knows it
             prefix, num_found = self.block_manager.match_prefix(seq)
             # Nobody overtakes the first in order: it would starve while smaller ones pass.
             if not self.block_manager.allocate(seq, len(seq.token_ids) - num_found, prefix):
@@ -265,6 +276,7 @@ class Scheduler:
         self._unordered = True
 
     def _finish(self, seq: Sequence) -> None:
+        seq.forget_pending()
         self.block_manager.free(seq)
         seq.status = Status.FINISHED
         self._service.remove(seq)

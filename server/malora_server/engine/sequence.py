@@ -19,10 +19,11 @@ class Status(enum.Enum):
 class Sequence:
     """The tokens of one request (prompt, then outputs) and their place in the KV cache.
 
-    `num_computed_tokens` counts the leading tokens whose keys and values are in the cache, in
-    the blocks of `block_table`. `num_cached_tokens` counts the prompt tokens that were found
-    there when the request was first admitted. `cache_salt` separates the prefix caches of
-    adapters: the same tokens under another adapter have other keys and values.
+    The last `num_pending` of `token_ids` are places of tokens that a step in flight samples; what
+    they hold means nothing yet. `num_computed_tokens` counts the leading tokens whose keys and
+    values are in the cache, in the blocks of `block_table`. `num_cached_tokens` counts the prompt
+    tokens that were found there when the request was first admitted. `cache_salt` separates the
+    prefix caches of adapters: the same tokens under another adapter have other keys and values.
 
     Raises ValueError for a prompt that is empty, or that leaves no room for one token.
     """
@@ -38,6 +39,7 @@ class Sequence:
         "min_len",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending",
         "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
@@ -82,6 +84,7 @@ class Sequence:
         self.eos_token_ids = frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
         self.stop_ids = self.eos_token_ids.union(sampling.stop_token_ids)
 
+        self.num_pending = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
@@ -98,21 +101,32 @@ class Sequence:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
-    def append(self, token_id: int) -> bool:
-        """Add a sampled token; True when it was the last, with `finish_reason` set.
+    def expect(self) -> None:
+        """Make a place for the token that a step in flight samples."""
+        self.token_ids.append(0)
+        self.num_pending += 1
+
+    def settle(self, index: int, token_id: int) -> bool:
+        """Put a sampled token in its place; True when it was the last, with `finish_reason` set.
 
         `stop_reason` is set for an id of `stop_token_ids`, and stays None for the model's own
         end of text.
         """
-        # The token was sampled when there were this many, which is what min_tokens speaks of.
-        num_before = len(self.token_ids)
-        self.token_ids.append(token_id)
-        if token_id in self.stop_ids and num_before >= self.min_len:
+        self.token_ids[index] = token_id
+        self.num_pending -= 1
+        # The token was sampled when there were `index`, which is what min_tokens speaks of.
+        if token_id in self.stop_ids and index >= self.min_len:
             self.finish_reason = "stop"
             self.stop_reason = None if token_id in self.eos_token_ids else token_id
-        elif num_before + 1 >= self.max_len:
+        elif index + 1 >= self.max_len:
             self.finish_reason = "length"
         return self.finish_reason is not None
+
+    def forget_pending(self) -> None:
+        """Give up the places of tokens that will not come, or come too late."""
+        if self.num_pending:
+            del self.token_ids[-self.num_pending :]
+            self.num_pending = 0
 
     def __repr__(self) -> str:
         return (

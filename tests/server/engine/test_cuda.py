@@ -1,4 +1,4 @@
-"""The engine on a GPU in bfloat16 (graphs, FlashInfer, Triton) against itself on the CPU in float32.
+"""The engine on a GPU (bfloat16, graphs, FlashInfer, Triton) against itself on the CPU (float32).
 
 What is generated there is scored here: log-probabilities must agree within bfloat16's precision.
 """

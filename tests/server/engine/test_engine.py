@@ -120,6 +120,60 @@ def test_a_request_does_not_depend_on_how_it_was_run(served, family, temperature
         assert_same(LLM(variant).generate(texts, sampling, names), alone)
 
 
+@pytest.mark.parametrize("num_blocks", [14, 400])
+def test_a_pipelined_engine_gives_the_same(served, num_blocks):
+    base, root = served("llama")
+    config = EngineConfig(
+        base=str(base),
+        adapters=str(root),
+        max_model_len=96,
+        max_num_batched_tokens=48,
+        kv_cache_memory=num_blocks * 3 * 2 * 24 * 16 * 4,
+    )
+    options: list[dict[str, object]] = [
+        {},
+        {"temperature": 0.9, "top_p": 0.9},
+        {"temperature": 0.8, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+        {"stop_token_ids": list(range(0, 256, 3)), "min_tokens": 4},
+        {"max_tokens": 1},
+        {"routing": "layers", "temperature": 0.7},
+        {"prompt_logprobs": 1, "logprobs": 2},
+        {"stop_token_ids": list(range(0, 256, 2))},
+    ]
+    sampling = [
+        msgspec.structs.replace(GREEDY, seed=i, **{"max_tokens": 20 + i, **options[i % 8]})
+        for i in range(24)
+    ]
+    texts = prompts(len(sampling), (5, 40), seed=6)
+    names = ["hidden", "lora", None, "basis", "hidden", "hidden"] * 4
+    results = []
+    for pipelined in (False, True):
+        # Where penalties are about, a step waits for the one before: run with and without them.
+        for chosen in (slice(None), [i for i in range(24) if i % 8 != 2]):
+            llm = LLM(config)
+            llm._core._pipelined = pipelined
+            pick = range(24)[chosen] if isinstance(chosen, slice) else chosen
+            results.append(
+                llm.generate(
+                    [texts[i] for i in pick], [sampling[i] for i in pick], [names[i] for i in pick]
+                )
+            )
+            assert (llm.stats().preemptions > 0) == (num_blocks == 14)
+            assert llm.stats().kv_cache_usage_ratio == 0
+    for plain, piped in ((results[0], results[2]), (results[1], results[3])):
+        assert_same(piped, plain)
+        for a, b in zip(piped, plain, strict=True):
+            assert (a.finish_reason, len(a.routing), len(a.prompt_logprobs)) == (
+                b.finish_reason,
+                len(b.routing),
+                len(b.prompt_logprobs),
+            )
+            for x, y in zip(a.routing, b.routing, strict=True):
+                np.testing.assert_allclose(x.mean, y.mean, atol=1e-4)
+    reasons = {generation.finish_reason for generation in results[3]}
+    assert reasons == {"stop", "length"}
+
+
 def test_a_preempted_request_goes_on_as_it_began(served):
     base, root = served("llama")
     config = EngineConfig(

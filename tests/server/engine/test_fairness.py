@@ -12,6 +12,12 @@ from malora_server.engine.scheduler import Scheduler
 from malora_server.engine.sequence import Sequence, Status
 
 
+def update(scheduler, chunks, token_ids):
+    """A step that is over before the next one is scheduled."""
+    scheduler.advance(chunks)
+    return scheduler.settle(chunks, token_ids)
+
+
 class Engine:
     """A scheduler, a count of its steps and the sequences that ended, with the step they did."""
 
@@ -39,7 +45,7 @@ class Engine:
         """Runs a step; the tenants that ran, and how many tokens."""
         chunks = self.scheduler.schedule()
         ran = [(chunk.seq.tenant, chunk.num_tokens) for chunk in chunks]
-        self.scheduler.update(chunks, [7 for chunk in chunks if chunk.samples])
+        update(self.scheduler, chunks, [7 for chunk in chunks if chunk.samples])
         return ran
 
     def service(self, seq):
@@ -230,7 +236,7 @@ def test_everything_finishes_and_no_place_is_idle_while_someone_could_run(
         if first is not None and spent < budget and scheduler.num_preemptions == preemptions:
             full = scheduler.num_running == max_num_seqs
             assert full or not engine.manager.fits(first)
-        scheduler.update(chunks, [7 for chunk in chunks if chunk.samples])
+        update(scheduler, chunks, [7 for chunk in chunks if chunk.samples])
         if not (todo or scheduler.has_work):
             break
     assert all(seq.status is Status.FINISHED for seq in seqs)

@@ -10,6 +10,12 @@ BLOCK = 4
 arrivals = itertools.count()
 
 
+def append(seq, token):
+    """Adds a sampled token; True when it was the last."""
+    seq.expect()
+    return seq.settle(len(seq.token_ids) - 1, token)
+
+
 def make(tokens, digest=None, **sampling):
     params = SamplingParams(max_tokens=50, seed=1, **sampling)
     submit = Submit(request_id="a", prompt_token_ids=list(tokens), sampling=params, digest=digest)
@@ -84,7 +90,7 @@ def test_outputs_are_found_again_too(manager):
     seq = make(range(3))
     run(manager, seq)
     for token in range(3, 9):
-        seq.append(token)
+        append(seq, token)
     assert manager.allocate(seq, 6)
     seq.num_computed_tokens = 9
     manager.commit(seq)
@@ -174,7 +180,7 @@ def test_reset_forgets_contents_and_keeps_what_is_held(manager):
     assert manager.num_free_blocks == 6
     # The held one goes on growing; what it adds can't be found, since its head can't.
     for token in range(8, 12):
-        held.append(token)
+        append(held, token)
     assert manager.allocate(held, 4)
     held.num_computed_tokens = 12
     manager.commit(held)

@@ -24,12 +24,18 @@ EOS = 2
 counter = itertools.count()
 
 
+def append(seq, token):
+    """Adds a sampled token; True when it was the last."""
+    seq.expect()
+    return seq.settle(len(seq.token_ids) - 1, token)
+
+
 def make(prompt=(5, 6, 7), outputs=(), **sampling):
     params = SamplingParams(**{"max_tokens": 100, "seed": 1, "temperature": 0.0, **sampling})
     submit = Submit(request_id=f"r{next(counter)}", prompt_token_ids=list(prompt), sampling=params)
     seq = Sequence(submit, 0, [EOS], max_model_len=1000)
     for token in outputs:
-        seq.append(token)
+        append(seq, token)
     return seq
 
 
@@ -203,7 +209,7 @@ def test_penalties_follow_the_sequence_while_batches_change():
         sampled = kept.sample(logits, batch).token_ids
         assert torch.equal(sampled, Sampler().sample(logits, batch).token_ids)
         for seq, token in zip(batch, sampled.tolist(), strict=True):
-            seq.append(token)
+            append(seq, token)
 
 
 def test_no_end_before_min_tokens():
@@ -216,7 +222,7 @@ def test_no_end_before_min_tokens():
     for _ in range(3):
         tokens = sampler.sample(logits, [waits, free]).token_ids.tolist()
         chosen.append(tokens)
-        waits.append(tokens[0])
+        append(waits, tokens[0])
     assert chosen == [[20, EOS], [20, EOS], [EOS, EOS]]
 
 

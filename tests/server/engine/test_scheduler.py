@@ -20,6 +20,12 @@ from malora_server.engine.sequence import Sequence, Status
 EOS = 2
 
 
+def update(scheduler, chunks, token_ids):
+    """A step that is over before the next one is scheduled."""
+    scheduler.advance(chunks)
+    return scheduler.settle(chunks, token_ids)
+
+
 def make(
     request_id,
     prompt,
@@ -59,7 +65,7 @@ class Engine:
         """Schedules, appends `token` wherever one is sampled; what ran as (id, start, tokens)."""
         chunks = self.scheduler.schedule()
         ran = [(chunk.seq.request_id, chunk.start, chunk.num_tokens) for chunk in chunks]
-        self.scheduler.update(chunks, [token for chunk in chunks if chunk.samples])
+        update(self.scheduler, chunks, [token for chunk in chunks if chunk.samples])
         return ran
 
 
@@ -180,11 +186,12 @@ def test_abort_frees_at_once_wherever_the_sequence_is():
     running = engine.add("running", range(6))
     waiting = engine.add("waiting", range(10, 16))
     chunks = engine.scheduler.schedule()
+    engine.scheduler.advance(chunks)
     assert engine.scheduler.abort("waiting") is waiting
     # In flight: the step's token for it arrives later, and is dropped.
     assert engine.scheduler.abort("running", "error") is running
     assert engine.manager.num_free_blocks == 16
-    assert engine.scheduler.update(chunks, [9]) == []
+    assert engine.scheduler.settle(chunks, [9]) == []
     assert (running.finish_reason, waiting.finish_reason) == ("error", "abort")
     assert len(running.token_ids) == 6
     assert engine.scheduler.abort("running") is None
@@ -196,7 +203,7 @@ def test_tokens_that_do_not_match_the_chunks_are_refused():
     engine.add("a", range(3))
     chunks = engine.scheduler.schedule()
     with pytest.raises(ValueError, match="samples 1 tokens but brought 2"):
-        engine.scheduler.update(chunks, [9, 9])
+        update(engine.scheduler, chunks, [9, 9])
 
 
 def order(seq):
@@ -221,8 +228,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         max_num_batched_tokens=st.integers(1, 12),
         caching=st.booleans(),
+        pipelined=st.booleans(),
     )
-    def start(self, num_blocks, block_size, max_num_seqs, max_num_batched_tokens, caching):
+    def start(
+        self, num_blocks, block_size, max_num_seqs, max_num_batched_tokens, caching, pipelined
+    ):
+        self.pipelined = pipelined
+        self.in_flight = []
         self.manager = BlockManager(num_blocks, block_size, caching)
         self.scheduler = Scheduler(self.manager, max_num_seqs, max_num_batched_tokens)
         self.arrivals = itertools.count()
@@ -273,13 +285,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def step(self, data):
         tokens = st.sampled_from([0, 1, 0, 1, 0, 1, EOS])
+        aborts = data.draw(st.integers(0, 9)) == 0
+        self.run(lambda: data.draw(tokens), lambda ids: aborts and data.draw(st.sampled_from(ids)))
+
+    def run(self, draw, draw_aborted):
+        """One step; where steps are pipelined, its tokens come after the next is scheduled."""
         chunks = self.schedule()
-        sampled = [data.draw(tokens) for chunk in chunks if chunk.samples]
-        if chunks and data.draw(st.integers(0, 9)) == 0:
-            victim = data.draw(st.sampled_from(chunks)).seq
-            self.update(chunks, sampled, aborted=victim.request_id)
-        else:
-            self.update(chunks, sampled)
+        self.compute(chunks)
+        self.scheduler.advance(chunks)
+        sampled = [draw() for chunk in chunks if chunk.samples]
+        for chunk, token in zip([c for c in chunks if c.samples], sampled, strict=True):
+            self.expected[chunk.seq.request_id].append(token)
+        if chunks:
+            self.in_flight.append((chunks, sampled))
+            aborted = draw_aborted([chunk.seq.request_id for chunk in chunks])
+            if aborted:
+                self.abort_one(aborted)
+        if len(self.in_flight) > (1 if self.pipelined and chunks else 0):
+            self.settle(*self.in_flight.pop(0))
 
     def abort_one(self, request_id):
         seq = self.live.pop(request_id)
@@ -290,7 +313,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self):
         before = {r: seq.status for r, seq in self.live.items()}
         chunks = self.scheduler.schedule()
-        assert bool(chunks) == bool(self.live), "no progress"
+        assert bool(chunks or self.in_flight) == bool(self.live or self.in_flight), "no progress"
         assert sum(chunk.num_tokens for chunk in chunks) <= self.scheduler.max_num_batched_tokens
         assert all(chunk.num_tokens > 0 for chunk in chunks)
         assert len({chunk.seq.request_id for chunk in chunks}) == len(chunks)
@@ -316,18 +339,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert decodes == sorted(decodes, reverse=True)
         return chunks
 
-    def update(self, chunks, sampled, aborted=None):
-        self.compute(chunks)
-        if aborted is not None:
-            self.abort_one(aborted)
-        tokens = iter(sampled)
-        for chunk in chunks:
-            if chunk.samples:
-                token = next(tokens)
-                if chunk.seq.request_id != aborted:
-                    self.expected[chunk.seq.request_id].append(token)
-        for seq in self.scheduler.update(chunks, sampled):
+    def settle(self, chunks, sampled):
+        for seq in self.scheduler.settle(chunks, sampled):
             assert self.live.pop(seq.request_id) is seq
+            assert seq.token_ids == self.expected[seq.request_id][: len(seq.token_ids)]
             assert seq.finish_reason == ("stop" if seq.token_ids[-1] == EOS else "length")
             if seq.finish_reason == "length":
                 assert seq.num_output_tokens == seq.sampling.max_tokens
@@ -341,14 +356,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             for position in range(start, end):
                 block = seq.block_table[position // size]
                 assert holders[block] == 1, "wrote to a shared block"
-                content = (seq.cache_salt, tuple(seq.token_ids[: position + 1]))
+                content = (seq.cache_salt, self.tokens(seq, position + 1))
                 self.cache[block, position % size] = content
         for chunk in chunks:
             seq = chunk.seq
             for position in range(chunk.start + chunk.num_tokens):
                 block = seq.block_table[position // size]
-                expected = (seq.cache_salt, tuple(seq.token_ids[: position + 1]))
+                expected = (seq.cache_salt, self.tokens(seq, position + 1))
                 assert self.cache[block, position % size] == expected
+
+    def tokens(self, seq, count):
+        """The first tokens as the device knows them, also where the sequence does not yet."""
+        return tuple(self.expected[seq.request_id][:count])
 
     @invariant()
     def nothing_is_lost_and_nothing_twice(self):
@@ -366,7 +385,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert tenant.num_sequences == len(own)
             assert tenant.num_running == own.count(Status.RUNNING)
         for request_id, seq in self.live.items():
-            assert seq.token_ids == self.expected[request_id]
+            known = len(seq.token_ids) - seq.num_pending
+            assert seq.token_ids[:known] == self.expected[request_id][:known]
+            assert len(seq.token_ids) == len(self.expected[request_id])
+            assert seq.num_pending <= (1 if self.pipelined else 0)
             if seq.status is Status.WAITING:
                 assert (seq.block_table, seq.num_computed_tokens) == ([], 0)
             else:
@@ -392,10 +414,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "live"):
             return
         for _ in range(5000):
-            if not self.scheduler.has_work:
+            if not (self.scheduler.has_work or self.in_flight):
                 break
-            chunks = self.schedule()
-            self.update(chunks, [0 for chunk in chunks if chunk.samples])
+            self.run(lambda: 0, lambda ids: None)
             self.nothing_is_lost_and_nothing_twice()
             self.every_block_is_in_one_place()
         assert not self.live, "requests that never finish"

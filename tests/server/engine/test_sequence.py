@@ -6,6 +6,12 @@ from malora_server.engine.sequence import Sequence
 EOS = 2
 
 
+def append(seq, token):
+    """Adds a sampled token; True when it was the last."""
+    seq.expect()
+    return seq.settle(len(seq.token_ids) - 1, token)
+
+
 def make(prompt=(5, 6, 7), max_model_len=100, digest=None, **sampling):
     params = SamplingParams(**{"max_tokens": 10, "seed": 1, **sampling})
     submit = Submit(
@@ -17,7 +23,7 @@ def make(prompt=(5, 6, 7), max_model_len=100, digest=None, **sampling):
 def feed(seq, tokens):
     """Appends until the sequence says it is finished; returns how many tokens it took."""
     for count, token in enumerate(tokens, 1):
-        if seq.append(token):
+        if append(seq, token):
             return count
     return None
 

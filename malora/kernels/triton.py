@@ -171,7 +171,6 @@ def _route(
     DIMS: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_POWER: tl.constexpr,
-    ALONE_TOKENS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     """The weights of a token's up-projection rows: gate of the row's expert · the coordinate.
@@ -182,10 +181,9 @@ def _route(
     token = tl.program_id(0).to(tl.int64)
     site = tl.program_id(1)
     header = tl.load(table + HEADER * num_tokens + token)
-    alone = ALONE_TOKENS and tl.load(table + ALONE * num_tokens + token) != 0
+    alone = tl.load(table + ALONE * num_tokens + token) != 0
     at = token * num_sites + site
-    if ALONE_TOKENS:
-        tl.store(counts + at, 0)
+    tl.store(counts + at, 0)
     if header == 0:
         return
     row = _row(header, first_site + site)
@@ -266,6 +264,123 @@ def _route(
 
 
 @triton.jit
+def _route_together(
+    h,
+    c,
+    table,
+    taken,
+    first_site,
+    num_tokens,
+    num_sites,
+    h_width,
+    c_width,
+    taken_stride,
+    parts,
+    TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIMS: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """What `_route` does, for the tokens of one adapter on the tensor cores."""
+    item = tl.program_id(0)
+    site = tl.program_id(1)
+    row = _row(tl.load(table + ADD_HEADER * num_tokens + item), first_site + site)
+    if tl.load(row + BASIS) == 0:
+        return
+    count = tl.load(row + NUM_EXPERTS)
+    top_k = tl.load(row + TOP_K)
+    r = tl.load(row + RANK)
+    d = tl.load(row + BASIS_DIM)
+    stride = tl.load(row + STRIDE)
+    dtype: tl.constexpr = c.dtype.element_ty
+    router = tl.load(row + ROUTER).to(tl.pointer_type(dtype))
+    coefficients = tl.load(row + COEFFICIENTS).to(tl.pointer_type(dtype))
+    has_coefficients = tl.load(row + COEFFICIENTS) != 0
+    index = tl.arange(0, TOKENS)
+    mine = index < tl.load(table + ADD_COUNT * num_tokens + item)
+    start = tl.load(table + ADD_START * num_tokens + item)
+    tokens = tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0)
+    at = (tokens * num_sites + site)[:, None]
+    part_stride = num_tokens.to(tl.int64) * num_sites * h_width
+    # Its parts are summed once, where the first one lies.
+    width = d + tl.where(
+        (count > 1) & (tl.load(row + READS_BASIS) == 0), count, tl.zeros_like(count)
+    )
+    for begin in range(0, width, DIMS):
+        column = begin + tl.arange(0, DIMS)
+        mask = mine[:, None] & (column < width)[None, :]
+        total = tl.zeros((TOKENS, DIMS), tl.float32)
+        for part in range(parts):
+            total += tl.load(
+                h + part * part_stride + at * h_width + column[None, :], mask=mask, other=0.0
+            )
+        tl.store(h + at * h_width + column[None, :], total, mask=mask)
+    tl.debug_barrier()
+    experts = tl.arange(0, EXPERTS)
+    dims = tl.arange(0, DIMS)
+    logits = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    if count > 1:
+        known = mine[:, None] & (experts < count)[None, :]
+        if tl.load(row + READS_BASIS) != 0:
+            for begin in range(0, d, DIMS):
+                inside = begin + dims < d
+                w = tl.load(
+                    router + experts[None, :] * d + begin + dims[:, None],
+                    mask=(experts < count)[None, :] & inside[:, None],
+                    other=0.0,
+                )
+                v = tl.load(
+                    h + at * h_width + begin + dims[None, :],
+                    mask=mine[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                logits = tl.dot(v, w.to(tl.float32), logits, input_precision="ieee")
+        else:
+            logits = tl.load(h + at * h_width + d + experts[None, :], mask=known, other=0.0)
+    logits = tl.where((experts < count)[None, :], logits, float("-inf"))
+    before = (logits[:, None, :] > logits[:, :, None]) | (
+        (logits[:, None, :] == logits[:, :, None])
+        & (experts[None, None, :] < experts[None, :, None])
+    )
+    rank = tl.sum(before.to(tl.int32), 2)
+    weights = tl.where(rank < top_k, tl.exp(logits - tl.max(logits, 1)[:, None]), 0.0)
+    gates = weights / tl.sum(weights, 1)[:, None]
+    if COUNT:  # noqa: SIM102 - a constant of the compilation
+        if count > 1:
+            to = taken + tokens[:, None] * taken_stride + experts[None, :]
+            tl.atomic_add(to, gates, mask=mine[:, None] & (experts < count)[None, :])
+
+    for first in range(0, count * r, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        expert = rows // r
+        same = (expert[None, :] == experts[:, None]).to(tl.float32)
+        gate = tl.dot(gates, same, input_precision="ieee")
+        known = (rows < count * r)[None, :] & mine[:, None]
+        if has_coefficients:
+            coordinates = tl.zeros((TOKENS, ROWS), tl.float32)
+            for begin in range(0, d, DIMS):
+                inside = begin + dims < d
+                p = tl.load(
+                    coefficients + rows[None, :] * d + begin + dims[:, None],
+                    mask=(rows < count * r)[None, :] & inside[:, None],
+                    other=0.0,
+                )
+                v = tl.load(
+                    h + at * h_width + begin + dims[None, :],
+                    mask=mine[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                coordinates = tl.dot(v, p.to(tl.float32), coordinates, input_precision="tf32x3")
+        else:
+            source = (expert * stride + rows % r)[None, :]
+            coordinates = tl.load(h + at * h_width + source, mask=known, other=0.0)
+        weighted = tl.where(known, gate * coordinates, 0.0).to(dtype)
+        to = c + at * c_width + rows[None, :]
+        tl.store(to, weighted, mask=mine[:, None] & (rows < c_width)[None, :])
+
+
+@triton.jit
 def _expand(
     out,
     c,
@@ -284,6 +399,7 @@ def _expand(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DOT_ROWS: tl.constexpr,
     DOT_COLUMNS: tl.constexpr,
     ALONE_TOKENS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -349,8 +465,8 @@ def _expand(
         places = out + tokens[:, None] * out_width + start + some[None, :]
         mask = mine[:, None] & within[None, :]
         sums = tl.load(places, mask=mask, other=0.0).to(tl.float32)
-        for first in range(0, total, ROWS):
-            every = first + tl.arange(0, ROWS)
+        for first in range(0, total, DOT_ROWS):
+            every = first + tl.arange(0, DOT_ROWS)
             some_weights = tl.load(
                 coordinates[:, None] + every[None, :],
                 mask=mine[:, None],
@@ -379,16 +495,35 @@ class _Form:
     """Columns that go through the tensor cores together."""
     add_rows: int
     add_columns: int
+    dot_rows: int
+    dot_columns: int
+    """Of an up-projection, that a program adds for one token, or for several at a time."""
     alone: bool
     """Whether adapters with few tokens are read for each token on its own."""
 
 
 _DECODE = _Form(
-    tokens=16, part=512, read_rows=16, read_columns=256, add_rows=16, add_columns=512, alone=True
+    tokens=16,
+    part=512,
+    read_rows=16,
+    read_columns=256,
+    add_rows=16,
+    add_columns=512,
+    dot_rows=32,
+    dot_columns=256,
+    alone=True,
 )
 """Bound by bytes and latency: many small programs, each with all its loads under way at once."""
 _PREFILL = _Form(
-    tokens=64, part=2048, read_rows=64, read_columns=64, add_rows=64, add_columns=128, alone=False
+    tokens=64,
+    part=2048,
+    read_rows=64,
+    read_columns=64,
+    add_rows=16,
+    add_columns=128,
+    dot_rows=64,
+    dot_columns=128,
+    alone=False,
 )
 """Bound by the tensor cores and by the outputs' bytes: what is read serves many tokens."""
 _CHUNK = 64
@@ -483,10 +618,12 @@ class GpuPlan:
             TOKENS=form.tokens,
             ROWS=form.add_rows,
             COLUMNS=form.add_columns,
-            DOT_COLUMNS=128,
+            DOT_ROWS=form.dot_rows,
+            DOT_COLUMNS=form.dot_columns,
             ALONE_TOKENS=form.alone,
             ALIGNMENT=_alignment(group, x.itemsize),
             num_warps=2 if form.alone else 4,
+            num_stages=1,
         )
 
     def _weigh(self, x: Tensor, group: Group) -> None:
@@ -514,6 +651,30 @@ class GpuPlan:
             num_warps=4,
         )
         taken = None if self.routing is None else self.routing.gates[:, group.layer]
+        shapes = (
+            group.first_site,
+            self.num_tokens,
+            sites,
+            scratch.h.shape[-1],
+            scratch.c.shape[-1],
+            0 if taken is None else taken.stride(0),
+        )
+        if not form.alone:
+            _route_together[(self._num_adds, sites)](
+                scratch.h,
+                scratch.c,
+                self._table,
+                scratch.h if taken is None else taken,
+                *shapes,
+                parts,
+                TOKENS=form.tokens,
+                EXPERTS=max(16, triton.next_power_of_2(self._sizes.num_experts)),
+                ROWS=_CHUNK,
+                DIMS=32,
+                COUNT=taken is not None,
+                num_warps=8,
+            )
+            return
         _route[(self.num_tokens, sites)](
             scratch.h,
             scratch.c,
@@ -522,18 +683,12 @@ class GpuPlan:
             scratch.counts,
             self._table,
             scratch.h if taken is None else taken,
-            group.first_site,
-            self.num_tokens,
-            sites,
-            scratch.h.shape[-1],
-            scratch.c.shape[-1],
-            0 if taken is None else taken.stride(0),
+            *shapes,
             EXPERTS=triton.next_power_of_2(self._sizes.num_experts),
             ROWS=_CHUNK,
             DIMS=64,
             PARTS=parts,
             PARTS_POWER=triton.next_power_of_2(parts),
-            ALONE_TOKENS=form.alone,
             COUNT=taken is not None,
             num_warps=4,
         )

@@ -189,7 +189,9 @@ class FlashStep:
         if wrapper is None:
             wrapper = self._wrappers[kind] = self._wrapper()
             self._plan(wrapper, kind)
-        out: Tensor = wrapper.run(query.contiguous(), (cache.keys, cache.values))
+        # Of the shape's own strides: the query's, whose they would be, depend on what made it.
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        wrapper.run(query, (cache.keys, cache.values), out=out)
         return out
 
     def _wrapper(self) -> Any:

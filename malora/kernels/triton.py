@@ -493,11 +493,13 @@ class _Form:
     """Rows of a basis and router that a program reads."""
     read_columns: int
     """Columns that go through the tensor cores together."""
+    read_warps: int
     add_rows: int
     add_columns: int
     dot_rows: int
     dot_columns: int
     """Of an up-projection, that a program adds for one token, or for several at a time."""
+    add_warps: int
     alone: bool
     """Whether adapters with few tokens are read for each token on its own."""
 
@@ -507,10 +509,12 @@ _DECODE = _Form(
     part=512,
     read_rows=16,
     read_columns=256,
+    read_warps=4,
     add_rows=16,
     add_columns=512,
     dot_rows=32,
     dot_columns=256,
+    add_warps=2,
     alone=True,
 )
 """Bound by bytes and latency: many small programs, each with all its loads under way at once."""
@@ -518,11 +522,13 @@ _PREFILL = _Form(
     tokens=64,
     part=2048,
     read_rows=64,
-    read_columns=64,
+    read_columns=128,
+    read_warps=4,
     add_rows=16,
     add_columns=128,
     dot_rows=64,
     dot_columns=128,
+    add_warps=4,
     alone=False,
 )
 """Bound by the tensor cores and by the outputs' bytes: what is read serves many tokens."""
@@ -622,7 +628,7 @@ class GpuPlan:
             DOT_COLUMNS=form.dot_columns,
             ALONE_TOKENS=form.alone,
             ALIGNMENT=_alignment(group, x.itemsize),
-            num_warps=2 if form.alone else 4,
+            num_warps=form.add_warps,
             num_stages=1,
         )
 
@@ -648,7 +654,7 @@ class GpuPlan:
             PART=form.part,
             ALONE_TOKENS=form.alone,
             ALIGNMENT=_alignment(group, x.itemsize),
-            num_warps=4,
+            num_warps=form.read_warps,
         )
         taken = None if self.routing is None else self.routing.gates[:, group.layer]
         shapes = (

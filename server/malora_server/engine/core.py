@@ -43,8 +43,9 @@ from malora_server.model.runner import ChunkInput, ModelRunner
 
 logger = logging.getLogger(__name__)
 
-CACHE_SHARE = 0.5
-"""The share of the free memory that the KV cache takes where `kv_cache_memory` is not given."""
+CACHE_SHARES = {"cpu": 0.5, "cuda": 0.85}
+"""The share of the memory left by the weights and the adapters that the KV cache may take where
+`kv_cache_memory` is not given. The rest is for activations, graphs and, on the CPU, others."""
 
 
 @dataclass(slots=True)
@@ -182,7 +183,7 @@ class EngineCore:
         self._max_model_len = min(
             loaded.max_model_len, config.max_model_len or loaded.max_model_len
         )
-        num_blocks = _count_blocks(config, loaded, self._max_model_len)
+        num_blocks = _count_blocks(config, loaded, self._max_model_len, resident.num_bytes())
         self._runner = ModelRunner(
             loaded,
             resident,
@@ -404,8 +405,10 @@ def _failure(request_id: str, error: str) -> SequenceOutput:
     return SequenceOutput(request_id, [], finish_reason="error", error=error)
 
 
-def _count_blocks(config: EngineConfig, loaded: LoadedModel, max_model_len: int) -> int:
-    """How many blocks the KV cache has. Raises ValueError where not one sequence would fit."""
+def _count_blocks(
+    config: EngineConfig, loaded: LoadedModel, max_model_len: int, adapters: int
+) -> int:
+    """How many blocks the KV cache has, beside `adapters` bytes. Raises ValueError where not one sequence would fit."""
     per_block = cache_bytes_per_block(loaded.model, config.block_size, loaded.dtype)
     a_sequence = math.ceil(max_model_len / config.block_size)
     if config.kv_cache_memory is not None:
@@ -421,10 +424,13 @@ def _count_blocks(config: EngineConfig, loaded: LoadedModel, max_model_len: int)
         free = torch.cuda.mem_get_info(loaded.device)[0]
     else:
         free = psutil.virtual_memory().available
-    fits = int(free * CACHE_SHARE) // per_block
+    share = CACHE_SHARES[loaded.device.type]
+    fits = int(free * share) // per_block
     if fits < a_sequence:
+        weights = sum(p.nbytes for p in loaded.model.parameters())
         raise ValueError(
-            f"{free:,} bytes are free, half of which the KV cache may take: that holds "
+            f"{free:,} bytes are free beside the weights ({weights:,}) and the adapters "
+            f"({adapters:,}), {share:.0%} of which the KV cache may take: that holds "
             f"{fits} blocks of {per_block:,} bytes, but one sequence of {max_model_len} tokens "
             f"takes {a_sequence}: lower --max-model-len or free memory"
         )

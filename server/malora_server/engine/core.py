@@ -408,7 +408,10 @@ def _failure(request_id: str, error: str) -> SequenceOutput:
 def _count_blocks(
     config: EngineConfig, loaded: LoadedModel, max_model_len: int, adapters: int
 ) -> int:
-    """How many blocks the KV cache has, beside `adapters` bytes. Raises ValueError where not one sequence would fit."""
+    """How many blocks the KV cache has. adapters: the bytes that those take.
+
+    Raises ValueError where not one sequence would fit.
+    """
     per_block = cache_bytes_per_block(loaded.model, config.block_size, loaded.dtype)
     a_sequence = math.ceil(max_model_len / config.block_size)
     if config.kv_cache_memory is not None:
@@ -427,9 +430,8 @@ def _count_blocks(
     share = CACHE_SHARES[loaded.device.type]
     fits = int(free * share) // per_block
     if fits < a_sequence:
-        weights = sum(p.nbytes for p in loaded.model.parameters())
         raise ValueError(
-            f"{free:,} bytes are free beside the weights ({weights:,}) and the adapters "
+            f"{free:,} bytes are free beside the weights ({loaded.num_bytes:,}) and the adapters "
             f"({adapters:,}), {share:.0%} of which the KV cache may take: that holds "
             f"{fits} blocks of {per_block:,} bytes, but one sequence of {max_model_len} tokens "
             f"takes {a_sequence}: lower --max-model-len or free memory"

@@ -25,6 +25,7 @@ class LoadedModel:
     adapters: AdapterContext
     dtype: torch.dtype
     device: torch.device
+    num_bytes: int
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int]
@@ -57,6 +58,7 @@ def prepare_model(model: PreTrainedModel) -> LoadedModel:
     Raises ValueError where it is not of a kind that can be served.
     """
     device = model.device
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     model.set_attn_implementation(IMPLEMENTATION)
     model = model.eval().requires_grad_(False)
     attention_layers(model)  # refuses what cannot be served, before any more work
@@ -76,6 +78,7 @@ def prepare_model(model: PreTrainedModel) -> LoadedModel:
         adapters=adapters,
         dtype=model.dtype,
         device=device,
+        num_bytes=num_bytes,
         max_model_len=_context_length(config),
         vocab_size=config.vocab_size,
         eos_token_ids=_eos_token_ids(model),

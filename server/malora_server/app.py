@@ -17,6 +17,7 @@ import uvloop
 from fastapi import FastAPI
 
 from malora_server.api import chat, completions, models, system, tokenize
+from malora_server.api.auth import Authentication
 from malora_server.api.errors import install_error_handlers
 from malora_server.api.middleware import BodyLimit, RequestContext
 from malora_server.api.registry import ModelRegistry
@@ -53,6 +54,9 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) -
     for module in (completions, chat, models, tokenize, system):
         app.include_router(module.router)
     app.add_middleware(BodyLimit)
+    keys = settings.api_keys()
+    if keys:
+        app.add_middleware(Authentication, keys=keys)
     # Added last, so it is the outermost: it sees every reply.
     app.add_middleware(RequestContext, metrics=metrics)
     return app
@@ -156,6 +160,7 @@ def main(argv: list[str]) -> None:
     """`malora serve`: exits 0 after a drain, 2 with one line on stderr where it can't start."""
     try:
         settings = parse_settings(argv)
+        settings.api_keys()  # before the model is loaded
         configure_logging(settings.log_level)
         tokenizer = Tokenizer.load(settings.base)
         with (

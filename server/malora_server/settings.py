@@ -6,7 +6,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import ByteSize, DirectoryPath, Field, PositiveInt, ValidationError
+from pydantic import (
+    ByteSize,
+    DirectoryPath,
+    Field,
+    FilePath,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+)
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 EMBEDDED_BASE_NAME = "malora-base"
@@ -72,6 +80,12 @@ class Settings(BaseSettings):
     max_queued_requests: PositiveInt = Field(
         1024, description="Most sequences that wait for a place; further requests get a 429."
     )
+    api_key: SecretStr | None = Field(
+        None, description="Key that clients must send; better set as MALORA_API_KEY, unseen by ps."
+    )
+    api_keys_file: FilePath | None = Field(
+        None, description="File of keys that clients may send, one a line; # begins a comment."
+    )
     max_logprobs: int = Field(
         20, ge=0, description="Most alternatives a request may ask for beside each token."
     )
@@ -88,6 +102,25 @@ class Settings(BaseSettings):
         None, description="Threads for work on the CPU; left out, one for each core."
     )
 
+    def api_keys(self) -> set[str]:
+        """All keys that clients may send; none: everybody may. StartError for one that is bad."""
+        keys = set()
+        if self.api_key is not None:
+            keys.add(_key(self.api_key.get_secret_value(), "--api-key (or MALORA_API_KEY)"))
+        if self.api_keys_file is not None:
+            try:
+                lines = self.api_keys_file.read_text().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+                raise StartError(f"can't read {self.api_keys_file}: {reason}") from None
+            for number, line in enumerate(lines, 1):
+                text = line.split("#", 1)[0].strip()
+                if text:
+                    keys.add(_key(text, f"{self.api_keys_file}, line {number}"))
+            if not keys:  # a file that was meant to close the server must not leave it open
+                raise StartError(f"{self.api_keys_file} holds no key")
+        return keys
+
     @property
     def base_name(self) -> str:
         """The name requests give the base model."""
@@ -96,6 +129,13 @@ class Settings(BaseSettings):
         if "base" not in self.model_fields_set:
             return EMBEDDED_BASE_NAME
         return Path(self.base).name or Path(self.base).resolve().name
+
+
+def _key(text: str, where: str) -> str:
+    """A key that an HTTP header can hold. StartError, which does not show it, for another."""
+    if not text or not all("!" <= char <= "~" for char in text):
+        raise StartError(f"{where}: a key is one or more visible ASCII characters, without spaces")
+    return text
 
 
 def parse_settings(argv: list[str]) -> Settings:

@@ -86,6 +86,21 @@ def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> No
     logger.log(level, "request", extra={"fields": fields})
 
 
+async def drop_body(receive: Receive, headers: Headers) -> bool:
+    """Read the rest of a body that nobody wants; False where it is too much, or never sent.
+
+    Closing on a client that is still sending resets its connection, and it never sees the reply;
+    so the rest is read, unless the client waits to be asked for it.
+    """
+    size = 0
+    more = True
+    while more and size <= _MAX_DROPPED_BYTES and "expect" not in headers:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    return not more
+
+
 class BodyLimit:
     """Reads a request's body up to a limit, and refuses one that exceeds it."""
 
@@ -112,16 +127,11 @@ class BodyLimit:
             more = message.get("more_body", False)
         if too_large:
             read.clear()
-            # Closing on a client that is still sending resets its connection, and it never sees
-            # the reply; so the rest is read, unless the client waits to be asked for it.
-            while more and size <= _MAX_DROPPED_BYTES and "expect" not in headers:
-                message = await receive()
-                size += len(message.get("body", b""))
-                more = message.get("more_body", False)
+            complete = not more or await drop_body(receive, headers)
             error = ApiError(
                 413,
                 f"The body exceeds {self._max_bytes} bytes.",
-                headers={"Connection": "close"} if more else None,
+                headers=None if complete else {"Connection": "close"},
             )
             await error.response()(scope, receive, send)
             return

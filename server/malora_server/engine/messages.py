@@ -10,6 +10,9 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+AdapterTier = Literal["unloaded", "loading", "host", "device", "failed"]
+"""Where an adapter's weights are: on disk alone, being read, in host memory, on the device (and in
+host memory); or they cannot be used."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -103,6 +106,27 @@ class SequenceOutput(msgspec.Struct, array_like=True, frozen=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     routing: list[TokenRouting] | None = None
+    error_code: str | None = None
+    """A stable code that says whose fault `error` is, where it is the adapter's."""
+
+
+class AdapterStoreStats(msgspec.Struct, array_like=True, frozen=True):
+    """What the tiers of adapter memory hold; counters are totals since the engine's start."""
+
+    device_bytes: int = 0
+    device_capacity: int = 0
+    host_bytes: int = 0
+    host_capacity: int = 0
+    num_device: int = 0
+    """Adapters on the device."""
+    num_host: int = 0
+    """Adapters in host memory, those on the device included."""
+    num_loading: int = 0
+    loads: int = 0
+    """Adapters read from disk."""
+    load_failures: int = 0
+    device_evictions: int = 0
+    host_evictions: int = 0
 
 
 class EngineStats(msgspec.Struct, array_like=True, frozen=True):
@@ -116,6 +140,7 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     prefix_cache_hits: int = 0
     preemptions: int = 0
     steps: int = 0
+    adapters: AdapterStoreStats = AdapterStoreStats()
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,6 +161,28 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class AdapterStatus(msgspec.Struct, array_like=True, frozen=True):
+    """What became of one version of an adapter; sent whenever it changes.
+
+    `digest` is '' until the weights have been read once. `error` and `error_code` say why it
+    cannot be used, in the state "failed".
+    """
+
+    name: str
+    number: int
+    """Of the version: the API counts the contents that a name has had."""
+    tier: AdapterTier
+    digest: str = ""
+    device_bytes: int = 0
+    host_bytes: int = 0
+    load_seconds: float = 0.0
+    """From disk to host memory, the last time."""
+    pinned: bool = False
+    info: AdapterInfo | None = None
+    error: str | None = None
+    error_code: str | None = None
+
+
 class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     """The engine is up; sent once."""
 
@@ -153,6 +200,8 @@ class Outputs(msgspec.Struct, tag="outputs", frozen=True):
 
     outputs: list[SequenceOutput]
     stats: EngineStats
+    adapters: list[AdapterStatus] = []
+    """Those that changed; they come before the outputs."""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):

@@ -165,6 +165,7 @@ def _engine(shape: str, max_batch: int) -> EngineCore:
             max_model_len=PROMPT_TOKENS + NEW_TOKENS + 1,
             max_num_batched_tokens=8192,
             enable_prefix_caching=False,
+            adapter_device_memory=24 << 30,
         ),
         model,
     )

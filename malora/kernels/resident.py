@@ -1,36 +1,31 @@
-"""Where resident adapters' weights lie on the device, and the header that tells a kernel so."""
+"""Adapters that lie on the device, ready to serve: one memory, each at its own size."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from malora.format import AdaptedLinear
+from malora.kernels.arena import Arena
+from malora.kernels.packed import FIELDS, PackedAdapter, PackedLinear, pack_whole
 
-ALIGNMENT = 64
-"""Bytes. Every tensor of an adapter starts at a multiple of it, as torch's own memory does, so that
-kernels may read 16 bytes at a time."""
+__all__ = [
+    "FIELDS",
+    "Group",
+    "NoRoomError",
+    "ResidentAdapter",
+    "ResidentAdapters",
+    "Site",
+    "Sizes",
+    "Upload",
+]
 
-FIELDS = (
-    "basis",
-    "router",
-    "coefficients",
-    "up",
-    "num_experts",
-    "top_k",
-    "r",
-    "basis_dim",
-    "stride",
-    "router_reads_basis",
-)
-"""One site's row of a header, int64: four addresses (0 for none; no basis means not adapted), the
-sizes, how far apart experts read the basis where no coefficients are stored (0 for the identity, r
-for block selectors), and whether the router reads the basis."""
+_BYTES_AT_A_TIME = 4 * 2**20
+"""What an upload on the CPU copies between two steps: about a millisecond's work."""
 
 
 @dataclass(frozen=True)
@@ -55,31 +50,40 @@ class Group:
     first_site: int = 0
 
 
+class NoRoomError(Exception):
+    """The memory has no room for an adapter."""
+
+
 @dataclass(eq=False)
 class ResidentAdapter:
-    """An adapter on the device, ready to serve. Compared by identity.
+    """An adapter's place on the device. Compared by identity.
 
-    linears: by path, views of the adapter's memory, the scaling folded into `up`, which lies as
-    (N, r, m). headers: (sites of the model, FIELDS) int64, on the device too.
+    basis, own: its two pieces, uint8. headers: (sites of the model, FIELDS) int64, at the start of
+    `own`, of addresses on the device.
     """
 
-    digest: str
-    linears: dict[str, AdaptedLinear]
+    packed: PackedAdapter
+    basis: Tensor
+    own: Tensor
     headers: Tensor
-    num_bytes: int
-    basis_key: bytes
+    dtype: torch.dtype
+
+    @cached_property
+    def linears(self) -> dict[str, AdaptedLinear]:
+        """By path, views of the adapter's memory: scaled, `up` as (N, r, m) read as (N, m, r)."""
+        return self.packed.views(self.basis, self.own, self.dtype)
 
     @cached_property
     def experts_for_each_taken(self) -> float:
         """The most of any linear: how much more computing all of them is."""
-        return max(x.num_experts / x.top_k for x in self.linears.values())
+        return max(x.num_experts / x.top_k for x in self.packed.linears)
 
     @cached_property
-    def projection_key(self) -> bytes | ResidentAdapter:
+    def projection_key(self) -> str | ResidentAdapter:
         """Equal for adapters whose reads of a linear's input are one: their basis, no router."""
-        if any(x.router is not None and x.router_input == "hidden" for x in self.linears.values()):
+        if any(x.has_router and x.router_input == "hidden" for x in self.packed.linears):
             return self
-        return self.basis_key
+        return self.packed.basis_key
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Sizes:
     rows: int = 64
     """Rows of the up-projections of all experts."""
 
-    def including(self, linears: Iterable[AdaptedLinear]) -> Sizes:
+    def including(self, linears: Iterable[PackedLinear]) -> Sizes:
         """These sizes, grown to fit more."""
         basis_dim, num_experts, rows = self.basis_dim, self.num_experts, self.rows
         for linear in linears:
@@ -101,117 +105,167 @@ class Sizes:
         return Sizes(basis_dim, num_experts, rows)
 
 
+class Upload:
+    """Pieces of memory on their way from the host to the device, beside the steps.
+
+    On the CPU each call of `done` copies a part; on a GPU the copies are on a stream of their own.
+    """
+
+    def __init__(
+        self, copies: list[tuple[Tensor, Tensor]], stream: torch.cuda.Stream | None
+    ) -> None:
+        """copies: (from, to) each, in order, uint8. On a GPU the former are pinned."""
+        self._copies = copies
+        self._at = 0
+        self._event: torch.cuda.Event | None = None
+        if stream is None:
+            return
+        # What lay there before may still be read by the steps launched so far.
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            for source, target in copies:
+                target.copy_(source, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(stream)
+
+    def done(self) -> bool:
+        """Whether everything is there; never waits."""
+        if self._event is not None:
+            return self._event.query()
+        budget = _BYTES_AT_A_TIME
+        while self._copies and budget > 0:
+            source, target = self._copies[0]
+            stop = min(self._at + budget, len(source))
+            target[self._at : stop].copy_(source[self._at : stop])
+            budget -= stop - self._at
+            self._at = stop
+            if stop == len(source):
+                self._copies.pop(0)
+                self._at = 0
+        return not self._copies
+
+
 @dataclass
 class _SharedBasis:
-    memory: Tensor
+    start: int
     users: int = 0
+    is_filled: bool = False
+    """Whether its content is there, or on the way."""
 
 
 class ResidentAdapters:
-    """All resident adapters, each at its own size: no slots, no padding to a largest rank.
+    """All resident adapters in one memory, each at its own size: no slots, no padding.
 
-    The basis of several adapters (found by its content) is stored once.
+    The basis of several adapters (found by its content) is stored once. The memory is never given
+    back to an allocator, so that headers hold addresses, and kernels in flight read nothing that
+    was handed to somebody else: a range is written again only behind the steps launched before.
     """
 
-    def __init__(self, groups: Sequence[Group], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, groups: Sequence[Group], dtype: torch.dtype, memory: Tensor) -> None:
+        """memory: uint8, on the device; all that adapters may take."""
         self.dtype = dtype
-        self.device = device
-        self._paths = [site.path for group in groups for site in group.sites]
+        self.device = memory.device
+        self.paths = [site.path for group in groups for site in group.sites]
+        """The model's linears, in the order of the headers."""
         self.sizes = Sizes()
         """Of all adapters that have been resident."""
-        self._bases: dict[bytes, _SharedBasis] = {}
-        self._adapters: set[ResidentAdapter] = set()
+        self._memory = memory
+        self._arena = Arena(len(memory))
+        self._bases: dict[str, _SharedBasis] = {}
+        self._starts: dict[ResidentAdapter, int] = {}
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the memory."""
+        return self._arena.capacity
 
     def num_bytes(self) -> int:
-        """Bytes of the resident adapters' memory."""
-        bases = sum(basis.memory.nbytes for basis in self._bases.values())
-        return bases + sum(adapter.num_bytes for adapter in self._adapters)
+        """Bytes that the resident adapters take."""
+        return self._arena.used
 
-    def add(self, digest: str, linears: dict[str, AdaptedLinear]) -> ResidentAdapter:
-        """Copy an adapter's weights to the device."""
-        packed = _pack((x.basis for x in linears.values()), self.dtype)
-        names = repr([(path, x.basis.shape) for path, x in linears.items()]).encode()
-        key = hashlib.sha256(names + packed.numpy().tobytes()).digest()
-        if key not in self._bases:
-            self._bases[key] = _SharedBasis(packed.to(self.device))
-        self._bases[key].users += 1
-        bases = _unpack(self._bases[key].memory, [x.basis for x in linears.values()], self.dtype)
-        parts = [part for x in linears.values() for part in _own_parts(x)]
-        memory = _pack(parts, self.dtype).to(self.device)
-        views = iter(_unpack(memory, parts, self.dtype))
-        resident = {
-            path: replace(
-                linear,
-                basis=basis,
-                router=None if linear.router is None else next(views),
-                coefficients=None if linear.coefficients is None else next(views),
-                up=next(views).transpose(1, 2),
-                scaling=1.0,
+    def add(self, digest: str, linears: Mapping[str, AdaptedLinear]) -> ResidentAdapter:
+        """Copy an adapter that is in memory to the device, and wait until it is there.
+
+        Raises NoRoomError.
+        """
+        packed, basis, own = pack_whole(digest, linears, self.paths, self.dtype)
+        adapter = self.place(packed)
+        if adapter is None:
+            raise NoRoomError(
+                f"an adapter of {packed.num_bytes:,} bytes does not fit beside the "
+                f"{self.num_bytes():,} of {self.capacity:,} bytes that others take"
             )
-            for (path, linear), basis in zip(linears.items(), bases, strict=True)
-        }
-        headers = torch.tensor([_header(resident.get(path)) for path in self._paths])
-        adapter = ResidentAdapter(
-            digest, resident, headers.to(self.device), memory.nbytes + headers.nbytes, key
-        )
-        self._adapters.add(adapter)
-        self.sizes = self.sizes.including(resident.values())
+        upload = self.upload(adapter, basis, own)
+        while not upload.done():
+            pass
         return adapter
 
-    def remove(self, adapter: ResidentAdapter) -> None:
-        """Give an adapter's memory back. It must not be in use."""
-        self._adapters.remove(adapter)
-        basis = self._bases[adapter.basis_key]
+    def place(self, packed: PackedAdapter) -> ResidentAdapter | None:
+        """A place for an adapter, to be filled by `upload`; None where there is no room."""
+        basis = self._bases.get(packed.basis_key)
+        start = self._arena.allocate(packed.own_bytes)
+        if start is None:
+            return None
+        if basis is None:
+            basis_start = self._arena.allocate(packed.basis_bytes)
+            if basis_start is None:
+                self._arena.free(start)
+                return None
+            basis = self._bases[packed.basis_key] = _SharedBasis(basis_start)
+        basis.users += 1
+        own = self._memory[start : start + packed.own_bytes]
+        table = own[: packed.num_sites * len(FIELDS) * 8].view(torch.int64)
+        adapter = ResidentAdapter(
+            packed,
+            self._memory[basis.start : basis.start + packed.basis_bytes],
+            own,
+            table.view(packed.num_sites, len(FIELDS)),
+            self.dtype,
+        )
+        self._starts[adapter] = start
+        self.sizes = self.sizes.including(packed.linears)
+        return adapter
+
+    def upload(self, adapter: ResidentAdapter, basis: Tensor, own: Tensor) -> Upload:
+        """Fill an adapter's place from its packed pieces on the host, which must stay until then.
+
+        Uploads end in the order they began; an adapter is ready when its own has.
+        """
+        table = adapter.packed.addressed(own, adapter.basis.data_ptr(), adapter.own.data_ptr())
+        headers = torch.from_numpy(table).view(-1).view(torch.uint8)
+        if self._stream is not None:
+            headers = headers.pin_memory()
+        copies = [(own, adapter.own), (headers, adapter.headers.view(-1).view(torch.uint8))]
+        shared = self._bases[adapter.packed.basis_key]
+        if not shared.is_filled:
+            shared.is_filled = True
+            copies.append((basis, adapter.basis))
+        return Upload(copies, self._stream)
+
+    def fits(self, packed: PackedAdapter, without: Collection[ResidentAdapter] = ()) -> bool:
+        """Whether there would be room for an adapter if those in `without` were removed."""
+        gone = [self._starts[adapter] for adapter in without]
+        users: dict[str, int] = {}
+        for adapter in without:
+            users[adapter.packed.basis_key] = users.get(adapter.packed.basis_key, 0) + 1
+        bases = [key for key, count in users.items() if self._bases[key].users == count]
+        gone += [self._bases[key].start for key in bases]
+        needs = [packed.own_bytes]
+        if packed.basis_key not in self._bases or packed.basis_key in bases:
+            needs.append(packed.basis_bytes)
+        return self._arena.fits(needs, gone)
+
+    def remove(self, adapter: ResidentAdapter) -> list[tuple[int, int]]:
+        """Give up an adapter's place; the ranges of the memory that are free now.
+
+        No step launched from here on may use it, and no upload to it be under way.
+        """
+        start = self._starts.pop(adapter)
+        freed = [(start, self._arena.free(start))]
+        basis = self._bases[adapter.packed.basis_key]
         basis.users -= 1
         if basis.users == 0:
-            del self._bases[adapter.basis_key]
-
-
-def _own_parts(linear: AdaptedLinear) -> list[Tensor]:
-    """What is the adapter's own, as it is stored: up-projections by row, scaled."""
-    up = (linear.up.float() * linear.scaling).transpose(1, 2)
-    return [part for part in (linear.router, linear.coefficients, up) if part is not None]
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _pack(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    """The tensors one after the other, aligned, as bytes on the host."""
-    tensors = list(tensors)
-    memory = torch.zeros(
-        sum(_aligned(x.numel() * dtype.itemsize) for x in tensors), dtype=torch.uint8
-    )
-    for view, tensor in zip(_unpack(memory, tensors, dtype), tensors, strict=True):
-        view.copy_(tensor)
-    return memory
-
-
-def _unpack(memory: Tensor, like: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Views of packed memory, in the shapes of `like`."""
-    start = 0
-    views = []
-    for tensor in like:
-        nbytes = tensor.numel() * dtype.itemsize
-        views.append(memory[start : start + nbytes].view(dtype).view(tensor.shape))
-        start += _aligned(nbytes)
-    return views
-
-
-def _header(linear: AdaptedLinear | None) -> list[int]:
-    """One site's row, in the order of FIELDS."""
-    if linear is None:
-        return [0] * len(FIELDS)
-    return [
-        linear.basis.data_ptr(),
-        0 if linear.router is None else linear.router.data_ptr(),
-        0 if linear.coefficients is None else linear.coefficients.data_ptr(),
-        linear.up.data_ptr(),
-        linear.num_experts,
-        linear.top_k,
-        linear.r,
-        linear.basis_dim,
-        0 if linear.basis_dim == linear.r else linear.r,
-        int(linear.router_input == "basis"),
-    ]
+            del self._bases[adapter.packed.basis_key]
+            freed.append((basis.start, self._arena.free(basis.start)))
+        return freed

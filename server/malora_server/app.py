@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import uvicorn
 import uvloop
 from fastapi import FastAPI
+from pydantic import ByteSize
 
 from malora_server.api import chat, completions, models, system, tokenize
 from malora_server.api.auth import Authentication
@@ -64,7 +65,6 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) -
 
 def engine_config(settings: Settings) -> EngineConfig:
     """The settings that are the engine's, in types that msgspec can send."""
-    memory = settings.kv_cache_memory
     return EngineConfig(
         base=settings.base,
         adapters=None if settings.adapters is None else str(settings.adapters),
@@ -74,10 +74,16 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         block_size=settings.block_size,
-        kv_cache_memory=None if memory is None else int(memory),
+        kv_cache_memory=_bytes(settings.kv_cache_memory),
+        adapter_device_memory=_bytes(settings.adapter_device_memory),
+        adapter_host_memory=_bytes(settings.adapter_host_memory),
         enable_prefix_caching=settings.enable_prefix_caching,
         num_threads=settings.num_threads,
     )
+
+
+def _bytes(size: ByteSize | None) -> int | None:
+    return None if size is None else int(size)
 
 
 class DrainingServer(uvicorn.Server):

@@ -74,6 +74,16 @@ class Settings(BaseSettings):
     kv_cache_memory: ByteSize | None = Field(
         None, description="Memory for the KV cache, such as 4GiB; left out, the engine chooses."
     )
+    adapter_device_memory: ByteSize | None = Field(
+        None,
+        description="Device memory for adapters, such as 2GiB; left out, a tenth of what the "
+        "weights leave on a GPU, 1GiB on the CPU.",
+    )
+    adapter_host_memory: ByteSize | None = Field(
+        None,
+        description="Host memory for adapters, those on the device included; left out, 4GiB more "
+        "than on the GPU, 2GiB on the CPU.",
+    )
     enable_prefix_caching: bool = Field(
         True, description="Reuse the keys and values of prompts that begin alike."
     )

@@ -9,8 +9,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's settings.
 
     base: folder or hub id of the base model. adapters: a folder whose subfolders are adapters.
-    max_model_len: tokens of prompt and output (None: the model's own). kv_cache_memory: bytes
-    (None: a share of what is free). num_threads: torch's CPU threads (None: torch's choice).
+    max_model_len: tokens of prompt and output (None: the model's own). kv_cache_memory,
+    adapter_device_memory, adapter_host_memory: bytes (None: a share of what is free).
+    num_threads: torch's CPU threads (None: torch's choice).
     """
 
     base: str
@@ -22,5 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     kv_cache_memory: int | None = None
+    adapter_device_memory: int | None = None
+    adapter_host_memory: int | None = None
     enable_prefix_caching: bool = True
     num_threads: int | None = None

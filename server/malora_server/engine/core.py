@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from malora.kernels.batched import Routing
 from malora.kernels.resident import ResidentAdapter, ResidentAdapters
+from malora_server.adapters.memory import HostMemory
 from malora_server.adapters.store import AdapterStore
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.kv_cache import BlockManager
@@ -170,20 +171,23 @@ class EngineCore:
             model = load_model(config.base, config.dtype, choose_device(config.device))
         self._loaded = loaded = prepare_model(model)
         device = loaded.device
+        capacity = _adapter_capacity(config, loaded)
         if device.type == "cpu":  # whose kernel reads single precision
             from malora.kernels import cpu
 
             cpu.compile_kernels()
-            resident = ResidentAdapters(loaded.groups, torch.float32, device)
+            memory = HostMemory(capacity, shared=False).tensor
+            resident = ResidentAdapters(loaded.groups, torch.float32, memory)
         else:
-            resident = ResidentAdapters(loaded.groups, loaded.dtype, device)
+            memory = torch.empty(capacity, dtype=torch.uint8, device=device)
+            resident = ResidentAdapters(loaded.groups, loaded.dtype, memory)
         root = Path(config.adapters) if config.adapters is not None else None
         self._adapters = AdapterStore(root, loaded.spec, resident)
         self._adapters.load_all()
         self._max_model_len = min(
             loaded.max_model_len, config.max_model_len or loaded.max_model_len
         )
-        num_blocks = _count_blocks(config, loaded, self._max_model_len, resident.num_bytes())
+        num_blocks = _count_blocks(config, loaded, self._max_model_len, resident.capacity)
         self._runner = ModelRunner(
             loaded,
             resident,
@@ -405,10 +409,21 @@ def _failure(request_id: str, error: str) -> SequenceOutput:
     return SequenceOutput(request_id, [], finish_reason="error", error=error)
 
 
+def _adapter_capacity(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Bytes of the device's memory that adapters may take."""
+    if config.adapter_device_memory is not None:
+        return config.adapter_device_memory
+    if config.adapters is None:
+        return 0
+    if loaded.device.type == "cuda":
+        return torch.cuda.mem_get_info(loaded.device)[0] // 10
+    return min(2**30, psutil.virtual_memory().available // 8)
+
+
 def _count_blocks(
     config: EngineConfig, loaded: LoadedModel, max_model_len: int, adapters: int
 ) -> int:
-    """How many blocks the KV cache has. adapters: the bytes that those take.
+    """How many blocks the KV cache has. adapters: the bytes of memory kept for those.
 
     Raises ValueError where not one sequence would fit.
     """
@@ -426,7 +441,8 @@ def _count_blocks(
     if loaded.device.type == "cuda":
         free = torch.cuda.mem_get_info(loaded.device)[0]
     else:
-        free = psutil.virtual_memory().available
+        # The adapters' memory is not taken before they are loaded.
+        free = max(0, psutil.virtual_memory().available - adapters)
     share = CACHE_SHARES[loaded.device.type]
     fits = int(free * share) // per_block
     if fits < a_sequence:

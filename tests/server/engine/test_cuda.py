@@ -66,7 +66,13 @@ def cores():
     state = {name: value.clone() for name, value in model.state_dict().items()}
     reference = transformers.LlamaForCausalLM(config)
     reference.load_state_dict(state)
-    engine = EngineConfig(base="", max_num_seqs=COUNT, kv_cache_memory=1 << 25, max_model_len=256)
+    engine = EngineConfig(
+        base="",
+        max_num_seqs=COUNT,
+        kv_cache_memory=1 << 25,
+        adapter_device_memory=1 << 28,
+        max_model_len=256,
+    )
     gpu = EngineCore(engine, model.cuda())
     # Captured before there is any adapter, and before the widest of them.
     gpu._runner.capture(adapted=True)

@@ -41,7 +41,8 @@ _GRACE_SECONDS = 5
 
 def create_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) -> FastAPI:
     """The ASGI application over a started engine; StartError where names clash."""
-    metrics = Metrics(lambda: engine.stats)
+    metrics = Metrics(engine, settings.base_name, settings.max_metric_models)
+    engine.on_report = metrics.add_report
     app = FastAPI(title="malora")
     app.state.server = ServerState(
         settings=settings,

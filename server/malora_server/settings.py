@@ -105,6 +105,11 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds that requests in flight have to finish after SIGTERM.",
     )
+    max_metric_models: int = Field(
+        100,
+        ge=0,
+        description="Most adapters that have metrics of their own; further ones share 'other'.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines to write."
     )

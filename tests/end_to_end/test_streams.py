@@ -14,9 +14,9 @@ from malora_client.types import CompletionChunk
 MODELS = ["base", "experts", "compact", "dense", "lora"]
 PROMPTS = ["The capital of France is", "SELECT name FROM", "1, 2, 3, über 🦊", "Dear Sir,"]
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
-RUNNING = ("num_requests_running", ())
-WAITING = ("num_requests_waiting", ())
-USAGE = ("kv_cache_usage_ratio", ())
+RUNNING = ("num_requests_running", ("base",))
+WAITING = ("num_requests_waiting", ("base",))
+USAGE = ("kv_cache_usage_ratio", ("base",))
 
 ReadMetrics = Callable[[], dict[tuple[str, tuple[str, ...]], float]]
 
@@ -162,9 +162,19 @@ def test_metrics_count_exactly_what_was_asked(client: Client, read_metrics: Read
     assert moved["inter_token_latency_seconds_count", ("compact",)] == 6 + 6 + 8
     assert moved["request_generation_tokens_sum", ("compact",)] == 23
     assert moved["http_requests_total", ("POST", "/v1/completions", "200")] == 4
-    assert moved["prefix_cache_queries_total", ()] == 3 * num_prompt + 1
-    hits = moved["prefix_cache_hits_total", ()]
+    assert moved["prefix_cache_queries_total", ("base",)] == 3 * num_prompt + 1
+    hits = moved["prefix_cache_hits_total", ("base",)]
     assert hits == 2 * ((num_prompt - 1) // 16 * 16)
+    assert moved["prompt_tokens_cached_total", ("compact",)] == hits
+    # Where the time went: the engine's own clock for the first two, and all of it is in the whole.
+    parts = {
+        name: moved[f"request_{name}_time_seconds_sum", ("compact",)]
+        for name in ("queue", "prefill", "decode", "inference")
+    }
+    assert moved["request_queue_time_seconds_count", ("compact",)] == 3
+    assert parts["inference"] == pytest.approx(parts["prefill"] + parts["decode"])
+    whole = moved["e2e_request_latency_seconds_sum", ("compact",)]
+    assert 0 < parts["queue"] + parts["inference"] <= whole
     untouched = ("experts", "dense", "lora")
     assert not any(moved.get(("prompt_tokens_total", (model,)), 0) for model in untouched)
     assert after[RUNNING] == 0

@@ -20,6 +20,7 @@ from malora_server.engine.detokenizer import IncrementalDetokenizer
 from malora_server.engine.messages import (
     SamplingParams,
     SequenceOutput,
+    SequenceStart,
     Submit,
     TokenLogprobs,
     TokenRouting,
@@ -53,15 +54,24 @@ class Choice:
         submit: Submit,
         detokenizer: IncrementalDetokenizer,
         metrics: ModelMetrics,
+        received: float,
         *,
         show_stop_token: bool,
         prompt_only: bool,
     ) -> None:
-        """`prompt_only`: what is generated (the engine makes one token at least) is dropped."""
+        """`received`: when the request came, in seconds of `time.perf_counter`.
+
+        `prompt_only`: what is generated (the engine makes one token at least) is dropped.
+        """
         self.index = index
         self.submit = submit
         self.num_generated = 0
         self.num_cached_tokens = 0
+        self.reason: str | None = None
+        """How it ended: its finish reason, abort where it was left, error where it failed."""
+        self.start: SequenceStart | None = None
+        self.time_to_first_token: float | None = None
+        self._received = received
         self._detokenizer = detokenizer
         self._metrics = metrics
         self._show_stop_token = show_stop_token
@@ -71,41 +81,51 @@ class Choice:
     async def run(self, server: ServerState) -> AsyncGenerator[Delta]:
         """The choice's deltas; the last one has a finish reason. ApiError where it fails."""
         metrics = self._metrics
-        started = last = time.perf_counter()
-        prompt_length = len(self.submit.prompt_token_ids)
-        first = True
-        reason = "abort"
+        first = last = time.perf_counter()
+        self.reason = "abort"  # until the engine says otherwise
         try:
             async with aclosing(server.engine.generate(self.submit)) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
                     now = time.perf_counter()
-                    if first:
-                        first = False
-                        metrics.time_to_first_token.observe(now - started)
-                        metrics.prompt_tokens.inc(prompt_length)
-                        self.num_cached_tokens = output.num_cached_tokens
+                    if self.time_to_first_token is None:
+                        first = now
+                        self._started(output, now - self._received)
                     else:
                         metrics.inter_token_latency.observe(now - last)
                     last = now
                     delta = self._advance(output)
                     metrics.generation_tokens.inc(len(delta.token_ids))
                     # Known before the consumer sees it, who may not come back for more.
-                    reason = delta.finish_reason or reason
+                    self.reason = delta.finish_reason or self.reason
                     yield delta
                     if delta.finish_reason is not None:
                         return
         except EngineDeadError:
-            reason = "error"
+            self.reason = "error"
             raise ApiError(
                 503, "The engine has stopped; the request was not finished.", code="engine_dead"
             ) from None
         except ApiError:
-            reason = "error"
+            self.reason = "error"
             raise
         finally:
-            metrics.finished(
-                reason, prompt_length, self.num_generated, time.perf_counter() - started
-            )
+            self._finished(self.reason, last - first)
+
+    def _started(self, output: SequenceOutput, seconds: float) -> None:
+        self.start = output.start
+        self.num_cached_tokens = output.num_cached_tokens
+        if output.token_ids:
+            self.time_to_first_token = seconds
+            self._metrics.time_to_first_token.observe(seconds)
+            self._metrics.prompt_tokens.inc(len(self.submit.prompt_token_ids))
+            self._metrics.prompt_tokens_cached.inc(output.num_cached_tokens)
+
+    def _finished(self, reason: str, decode_seconds: float) -> None:
+        seconds = time.perf_counter() - self._received
+        prompt_length = len(self.submit.prompt_token_ids)
+        self._metrics.finished(reason, seconds, prompt_length, self.num_generated)
+        if self.start is not None:
+            self._metrics.spent(self.start, decode_seconds, self.num_generated)
 
     def _advance(self, output: SequenceOutput) -> Delta:
         finish_reason: str | None = output.finish_reason
@@ -185,7 +205,7 @@ class Generation:
         self._num_choices = body.n or 1
         self._num_prompt_tokens = sum(len(token_ids) for token_ids, _ in prompts)
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        metrics = server.metrics.model(model.name)
+        self._metrics = server.metrics.model(model.name)
         include_stop = bool(body.include_stop_str_in_output)
         self.choices = [
             Choice(
@@ -206,7 +226,8 @@ class Generation:
                     skip_special_tokens=body.skip_special_tokens is not False,
                     min_tokens=params.min_tokens,
                 ),
-                metrics,
+                self._metrics,
+                record.received,
                 show_stop_token=include_stop,
                 prompt_only=prompt_only,
             )
@@ -217,6 +238,7 @@ class Generation:
             )
         ]
         record.model = model.name
+        record.generation = model.fingerprint
         record.prompt_tokens = self._num_prompt_tokens
 
     async def batches(self) -> AsyncGenerator[list[Delta]]:
@@ -235,7 +257,26 @@ class Generation:
                         async for batch in batches:
                             yield batch
         finally:
-            self._record.completion_tokens = self.num_generated
+            self._finished()
+
+    def _finished(self) -> None:
+        reasons = [choice.reason for choice in self.choices if choice.reason is not None]
+        if not reasons:
+            return  # it was not admitted
+        record = self._record
+        record.completion_tokens = self.num_generated
+        record.cached_tokens = self.num_cached_tokens
+        record.finish_reasons = reasons
+        started = [c for c in self.choices if c.time_to_first_token is not None]
+        if started:
+            first = min(started, key=lambda choice: choice.time_to_first_token or 0.0)
+            record.time_to_first_token = first.time_to_first_token
+            record.queue_time = first.start.queue_seconds if first.start else None
+        self._metrics.request_finished(
+            self._num_choices,
+            self.choices[0].submit.sampling.max_tokens,
+            max(choice.num_generated for choice in self.choices),
+        )
 
     async def _merged(self) -> AsyncGenerator[list[Delta]]:
         queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
@@ -276,15 +317,17 @@ class Generation:
         """Tokens of all choices so far."""
         return sum(choice.num_generated for choice in self.choices)
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache had, of each prompt's first choice."""
+        return sum(choice.num_cached_tokens for choice in self.choices[:: self._num_choices])
+
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object; a prompt counts once, however many choices it has."""
-        firsts = self.choices[:: self._num_choices]
         generated = self.num_generated
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self._num_prompt_tokens + generated,
-            "prompt_tokens_details": {
-                "cached_tokens": sum(choice.num_cached_tokens for choice in firsts)
-            },
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }

@@ -78,12 +78,21 @@ def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> No
         "path": scope["path"],
         "status": status,
         "model": record.model,
+        "generation": record.generation,
         "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
         "completion_tokens": record.completion_tokens,
-        "duration_seconds": round(seconds, 4),
+        "finish_reasons": record.finish_reasons,
+        "queue_seconds": _rounded(record.queue_time),
+        "time_to_first_token_seconds": _rounded(record.time_to_first_token),
+        "duration_seconds": _rounded(seconds),
     }
     level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
     logger.log(level, "request", extra={"fields": fields})
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
 
 
 async def drop_body(receive: Receive, headers: Headers) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,9 +66,20 @@ class RequestRecord:
     """The client's own, where it sent one."""
     engine_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Ours, unique among all requests in flight."""
+    received: float = 0.0
+    """When the whole of it was here, in `time.perf_counter`'s seconds: latencies start there."""
     model: str | None = None
+    generation: str | None = None
+    """The generation of the model's adapter, as the reply's `system_fingerprint` names it."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    time_to_first_token: float | None = None
+    """Seconds, of the first choice that had one."""
+    queue_time: float | None = None
+    """Seconds, of the same choice."""
+    finish_reasons: list[str] | None = None
+    """By choice: one that failed has error, one whose client left abort."""
     disconnected: bool = False
 
 
@@ -90,6 +102,7 @@ def _server_state(request: Request) -> ServerState:
 
 def _record(request: Request) -> RequestRecord:
     record: RequestRecord = request.state.record
+    record.received = time.perf_counter()
     return record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import version
 
 from fastapi import APIRouter, Response
@@ -25,7 +26,9 @@ async def health(server: Server) -> Response:
 @router.get("/metrics")
 async def metrics(server: Server) -> Response:
     """Prometheus' text format."""
-    return Response(server.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    # In a thread, as it takes a while with many models, and tokens must not wait for it.
+    body = await asyncio.to_thread(server.metrics.render)
+    return Response(body, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 @router.get("/version")

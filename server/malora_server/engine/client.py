@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,7 @@ from malora_server.engine.messages import (
     Outputs,
     Ready,
     Reply,
+    Report,
     SequenceOutput,
     Stop,
     Submit,
@@ -56,6 +57,8 @@ class EngineClient:
         self.ready = ready
         self.stats = EngineStats()
         self.healthy = True
+        self.on_report: Callable[[Report], None] | None = None
+        """Called with every report of the engine."""
         self._process = process
         self._sender = sender
         self._receiver = receiver
@@ -148,6 +151,8 @@ class EngineClient:
                     queue = self._queues.get(output.request_id)
                     if queue is not None:
                         queue.put_nowait(output)
+            elif isinstance(reply, Report) and self.on_report is not None:
+                self.on_report(reply)
 
     async def _watch(self) -> None:
         status = await self._process.wait()

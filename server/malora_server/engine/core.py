@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
@@ -29,11 +30,14 @@ from malora_server.engine.messages import (
     EngineStats,
     Outputs,
     Ready,
+    Report,
     SequenceOutput,
+    SequenceStart,
     Submit,
     TokenLogprobs,
     TokenRouting,
 )
+from malora_server.engine.monitor import Monitor, RoutedChunks
 from malora_server.engine.penalties import is_penalised
 from malora_server.engine.sampler import Sampled, Sampler, prompt_logprobs
 from malora_server.engine.scheduler import Chunk, Scheduler
@@ -54,6 +58,9 @@ class _Request:
     """What the engine keeps of a request beside its sequence."""
 
     adapter: ResidentAdapter | None
+    arrived: float
+    scheduled: float | None = None
+    """When it was first part of a step; both on the monotonic clock."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     started: bool = False
 
@@ -88,6 +95,7 @@ class _InFlight:
         sequences: list[Sequence],
         sampled: Sampled | None,
         gates: _Gates | None,
+        routed: RoutedChunks | None,
     ) -> None:
         """sequences: those that sample, a row of `sampled` each, None where there are none."""
         self.chunks = chunks
@@ -100,6 +108,8 @@ class _InFlight:
         self._event: torch.cuda.Event | None = None
         self._sampled = None if sampled is None else _on_host(sampled)
         self._gates = None if gates is None else _on_host(gates)
+        self.routed = None if routed is None else _on_host(routed)
+        """How the chunks routed, in a step that is sampled; to be read after `wait`."""
         if self.token_ids is not None and self.token_ids.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
@@ -134,15 +144,15 @@ class _InFlight:
         return TokenRouting(self._gates.mean[row].tolist(), layers)
 
 
-_Results = TypeVar("_Results", Sampled, _Gates)
+_Results = TypeVar("_Results", Sampled, _Gates, RoutedChunks)
 
 
 def _on_host(results: _Results) -> _Results:
     """The results, on the host once the device gets there."""
     values: dict[str, Any] = {}
     for f in fields(results):
-        value: Tensor | None = getattr(results, f.name)
-        if value is not None and value.is_cuda:
+        value = getattr(results, f.name)
+        if isinstance(value, Tensor) and value.is_cuda:
             host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             value = host.copy_(value, non_blocking=True)
         values[f.name] = value
@@ -204,6 +214,7 @@ class EngineCore:
         self._sampler = Sampler()
         self._requests: dict[str, _Request] = {}
         self._in_flight: _InFlight | None = None
+        self._monitor = Monitor(samples_decodes=device.type == "cpu")
         self._pipelined = device.type == "cuda" if pipelined is None else pipelined
         self._arrivals = count()
         self._steps = 0
@@ -232,7 +243,7 @@ class EngineCore:
             self._scheduler.add(sequence)
         except (KeyError, ValueError) as error:
             return _failure(submit.request_id, str(error.args[0]))
-        self._requests[submit.request_id] = _Request(adapter)
+        self._requests[submit.request_id] = _Request(adapter, time.monotonic())
         return None
 
     def abort(self, request_ids: list[str]) -> None:
@@ -259,6 +270,10 @@ class EngineCore:
             preemptions=self._scheduler.num_preemptions,
             steps=self._steps,
         )
+
+    def report(self) -> Report | None:
+        """What there is to tell beside each step's outputs; None most of the time."""
+        return self._monitor.report()
 
     def step(self) -> Outputs:
         """Launch one step; what the last one launched added to each sequence, and what it ended.
@@ -295,16 +310,22 @@ class EngineCore:
 
     def _run(self, chunks: list[Chunk]) -> _InFlight:
         pending = {} if self._in_flight is None else self._in_flight.rows
-        inputs = [
-            ChunkInput(
-                chunk.seq.token_ids[chunk.start : chunk.start + chunk.num_tokens],
-                chunk.start,
-                chunk.seq.block_table,
-                self._requests[chunk.seq.request_id].adapter,
-                pending.get(chunk.seq.request_id) if chunk.seq.num_pending else None,
+        now = time.monotonic()
+        inputs = []
+        for chunk in chunks:
+            seq = chunk.seq
+            request = self._requests[seq.request_id]
+            if request.scheduled is None:
+                request.scheduled = now
+            inputs.append(
+                ChunkInput(
+                    seq.token_ids[chunk.start : chunk.start + chunk.num_tokens],
+                    chunk.start,
+                    seq.block_table,
+                    request.adapter,
+                    pending.get(seq.request_id) if seq.num_pending else None,
+                )
             )
-            for chunk in chunks
-        ]
         wanted: list[int] = []
         prompts: list[tuple[Chunk, slice]] = []
         sampled_rows: list[int] = []
@@ -322,7 +343,12 @@ class EngineCore:
                 sequences.append(chunk.seq)
                 wanted.append(first + chunk.num_tokens - 1)
             first += chunk.num_tokens
-        routed = any(seq.sampling.routing is not None for seq in sequences)
+        self._monitor.count_step(first)
+        watched = self._monitor.wants_routing(
+            adapted=any(each.adapter is not None for each in inputs),
+            decodes_alone=first == len(chunks),
+        )
+        routed = watched or any(seq.sampling.routing is not None for seq in sequences)
         token_ids = None if self._in_flight is None else self._in_flight.token_ids
         logits, routing = self._runner.run(inputs, wanted, routed, token_ids)
         for chunk, rows in prompts:
@@ -331,8 +357,16 @@ class EngineCore:
             logits = logits[torch.tensor(sampled_rows, device=logits.device, dtype=torch.int64)]
         sampled = self._sampler.sample(logits, sequences) if sequences else None
         gates = None if routing is None else _Gates.of(routing, sampled_at)
+        sums = None
+        if watched and routing is not None:
+            sums = RoutedChunks.of(
+                routing,
+                [chunk.seq.tenant for chunk in chunks],
+                [each.adapter for each in inputs],
+                [chunk.num_tokens for chunk in chunks],
+            )
         self._scheduler.advance(chunks)
-        return _InFlight(chunks, sequences, sampled, gates)
+        return _InFlight(chunks, sequences, sampled, gates, sums)
 
     def _settle(self) -> list[SequenceOutput]:
         """Wait for the tokens of the step in flight, and take them in."""
@@ -343,6 +377,8 @@ class EngineCore:
             step.wait()
         except Exception:
             return self._fail(step.chunks)
+        if step.routed is not None:
+            self._monitor.add_routing(step.routed)
         # Those that finished or were aborted since want no more.
         live = [seq for seq in step.sequences if seq.request_id in self._requests]
         bad = {
@@ -369,6 +405,10 @@ class EngineCore:
             del self._requests[seq.request_id]
         logprobs = step.token_logprobs(row)
         routing = step.token_routing(row)
+        start = None
+        if first and request.scheduled is not None:
+            scheduled = request.scheduled
+            start = SequenceStart(scheduled - request.arrived, time.monotonic() - scheduled)
         return SequenceOutput(
             seq.request_id,
             [step.tokens[row]],
@@ -382,6 +422,7 @@ class EngineCore:
                 else None
             ),
             routing=None if routing is None else [routing],
+            start=start,
         )
 
     def _keep_prompt_logprobs(self, chunk: Chunk, logits: Tensor) -> None:

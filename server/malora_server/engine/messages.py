@@ -5,6 +5,7 @@ The engine speaks in token ids alone: text, templates and stop strings belong to
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Literal
 
 import msgspec
@@ -89,12 +90,22 @@ class TokenRouting(msgspec.Struct, array_like=True, frozen=True):
     layers: list[list[float]] | None = None
 
 
+class SequenceStart(msgspec.Struct, array_like=True, frozen=True):
+    """How a sequence came to its first token."""
+
+    queue_seconds: float
+    """From its arrival in the engine to the first step that it was part of."""
+    prefill_seconds: float
+    """From there to its first token."""
+
+
 class SequenceOutput(msgspec.Struct, array_like=True, frozen=True):
     """What one step added to one sequence.
 
-    `prompt_logprobs` comes once, with the first token: one entry for each prompt token but the
-    first (which nothing predicts). `num_cached_tokens` counts the prompt tokens whose keys and
-    values came from the prefix cache. `stop_reason` is the stop token id that ended it, if any.
+    `prompt_logprobs` and `start` come once, with the first token; the former has one entry for each
+    prompt token but the first (which nothing predicts). `num_cached_tokens` counts the prompt
+    tokens whose keys and values came from the prefix cache. `stop_reason` is the stop token id that
+    ended it, if any.
     """
 
     request_id: str
@@ -108,6 +119,7 @@ class SequenceOutput(msgspec.Struct, array_like=True, frozen=True):
     routing: list[TokenRouting] | None = None
     error_code: str | None = None
     """A stable code that says whose fault `error` is, where it is the adapter's."""
+    start: SequenceStart | None = None
 
 
 class AdapterStoreStats(msgspec.Struct, array_like=True, frozen=True):
@@ -141,6 +153,51 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     preemptions: int = 0
     steps: int = 0
     adapters: AdapterStoreStats = AdapterStoreStats()
+
+
+STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of the sizes that a report counts steps by; one more bucket has the larger ones."""
+
+LAYER_GROUPS = ("early", "middle", "late")
+"""Thirds of the decoder layers, from the input to the output, that routing is told of."""
+
+
+class RoutingSample(msgspec.Struct, array_like=True, frozen=True):
+    """How an adapter routed in sampled steps, by `LAYER_GROUPS`, summed over tokens and layers.
+
+    A token's gates in a layer are averaged over the layer's linears, so that they sum to 1.
+    """
+
+    adapter: str
+    gates: list[list[float]]
+    """For each group, by expert."""
+    entropy: list[float]
+    """For each group, of the tokens' gates, in nats."""
+    count: list[int]
+    """For each group, how many pairs of a token and a layer these are sums over."""
+
+    def plus(self, other: RoutingSample) -> RoutingSample:
+        """Both together; of two generations of an adapter, the experts of the larger one."""
+        return RoutingSample(
+            self.adapter,
+            [
+                [a + b for a, b in zip_longest(mine, theirs, fillvalue=0.0)]
+                for mine, theirs in zip(self.gates, other.gates, strict=True)
+            ],
+            [a + b for a, b in zip(self.entropy, other.entropy, strict=True)],
+            [a + b for a, b in zip(self.count, other.count, strict=True)],
+        )
+
+
+class Report(msgspec.Struct, tag="report", frozen=True):
+    """What the engine did since its last report; sent about once a second while it works."""
+
+    num_steps: list[int]
+    """Steps by their number of tokens, in `STEP_TOKEN_BUCKETS`."""
+    num_tokens: int
+    """Tokens of these steps, prompts' and new ones."""
+    routing: list[RoutingSample]
+    """Of the adapters that a sampled step had."""
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,4 +267,4 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     error: str
 
 
-Reply = Ready | Outputs | Failed
+Reply = Ready | Outputs | Report | Failed

@@ -99,6 +99,9 @@ def _serve(core: EngineCore, link: _Link, parent: int) -> None:
                     freed = True
                 case Stop(timeout):
                     deadline = time.monotonic() + timeout
+        report = core.report()
+        if report is not None:
+            link.send(report)
         if failures or freed:
             # No step may follow to tell what the engine holds now.
             link.send(Outputs(failures, core.stats()))

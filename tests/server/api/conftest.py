@@ -22,6 +22,7 @@ from malora_server.engine.messages import (
     EngineStats,
     Ready,
     SequenceOutput,
+    SequenceStart,
     Submit,
     TokenLogprobs,
     TokenRouting,
@@ -83,6 +84,7 @@ class FakeEngine:
         self.final: SequenceOutput | None = None
         self.stopping = asyncio.Event()
         self.healthy = True
+        self.on_report = None
         self.stats = EngineStats(2, 3, 0.25, 100, 40, 1, 9)
         self.ready = Ready(
             max_model_len=128,
@@ -160,6 +162,7 @@ class FakeEngine:
                     )
                 ]
             ),
+            start=None if position else SequenceStart(0.03, 0.3),
         )
 
     @staticmethod

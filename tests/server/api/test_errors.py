@@ -7,13 +7,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import msgspec
 import pytest
 from fastapi import FastAPI
 
 from malora_server.api.errors import ApiError
 from malora_server.api.middleware import MAX_BODY_BYTES
 from malora_server.engine.messages import EngineStats, SequenceOutput
+from malora_server.logs import JsonFormatter
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -338,17 +338,58 @@ async def test_one_log_line_a_request(
         await client.get("/health")
     (record,) = [r for r in caplog.records if r.name == "malora_server.requests"]
     fields: dict[str, Any] = record.__dict__["fields"]
-    assert fields.pop("duration_seconds") >= 0
-    assert fields.pop("prompt_tokens") > 0
+    first = fields.pop("time_to_first_token_seconds")
+    assert 0 <= first <= fields.pop("duration_seconds")
+    assert fields.pop("prompt_tokens") > fields.pop("cached_tokens") > 0
     assert fields == {
         "request_id": "mine",
         "method": "POST",
         "path": COMPLETIONS,
         "status": 200,
         "model": "tiny",
+        "generation": "base",
         "completion_tokens": 5,
+        "finish_reasons": ["length"],
+        "queue_seconds": 0.03,
     }
-    from malora_server.logs import JsonFormatter
-
-    line = msgspec.json.decode(JsonFormatter().format(record))
+    line = json.loads(JsonFormatter().format(record))
     assert (line["message"], line["request_id"], line["level"]) == ("request", "mine", "info")
+    assert line["finish_reasons"] == ["length"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_log_line_names_the_generation_and_how_each_choice_ended_but_no_text(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    chat = {
+        "model": "sql",
+        "messages": [{"role": "user", "content": "the secret fox"}],
+        "max_tokens": 9,
+        "n": 2,
+        "stop": ["jumps"],
+        "stream": stream,
+    }
+    with caplog.at_level(logging.DEBUG):
+        reply = await client.post("/v1/chat/completions", json=chat)
+    assert "quick" in reply.text
+    (record,) = [r for r in caplog.records if r.name == "malora_server.requests"]
+    fields: dict[str, Any] = record.__dict__["fields"]
+    assert fields["model"] == "sql"
+    assert fields["generation"] == "5d15d15d15d15d15"
+    assert fields["finish_reasons"] == ["stop", "stop"]
+    assert fields["queue_seconds"] == 0.03
+    lines = " ".join(JsonFormatter().format(record) for record in caplog.records)
+    assert not any(word in lines for word in ("secret", "quick", "jumps"))
+
+
+async def test_a_refused_requests_log_line_has_no_figures(
+    client: httpx.AsyncClient, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.stats = EngineStats(num_requests_running=4, num_requests_waiting=8)
+    with caplog.at_level(logging.INFO):
+        reply = await client.post(COMPLETIONS, json={**HELLO, "model": "sql"})
+    assert reply.status_code == 429
+    (record,) = [r for r in caplog.records if r.name == "malora_server.requests"]
+    fields: dict[str, Any] = record.__dict__["fields"]
+    assert (fields["status"], fields["model"]) == (429, "sql")
+    assert fields["finish_reasons"] is fields["time_to_first_token_seconds"] is None

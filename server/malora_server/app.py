@@ -71,6 +71,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         adapters=None if settings.adapters is None else str(settings.adapters),
         dtype=settings.dtype,
         device=settings.device,
+        quantization=settings.quantization,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -63,6 +63,11 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the model runs; auto is CUDA where there is a device."
     )
+    quantization: Literal["fp8", "int8"] | None = Field(
+        None,
+        description="Quantise the decoder layers' weights as they are read: fp8 (activations too; "
+        "CUDA 8.9 or later) is faster and half the size, int8 is smaller alone. Needs torchao.",
+    )
     max_model_len: PositiveInt | None = Field(
         None, description="Longest prompt plus reply, in tokens; left out, the model's own limit."
     )

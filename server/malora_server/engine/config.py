@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -18,6 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     adapters: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    quantization: Literal["fp8", "int8"] | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048

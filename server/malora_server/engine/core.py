@@ -15,7 +15,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -43,7 +42,13 @@ from malora_server.engine.sampler import Sampled, Sampler, prompt_logprobs
 from malora_server.engine.scheduler import Chunk, Scheduler
 from malora_server.engine.sequence import Sequence
 from malora_server.model.attention import cache_bytes_per_block
-from malora_server.model.loader import LoadedModel, choose_device, load_model, prepare_model
+from malora_server.model.loader import (
+    LoadedModel,
+    choose_device,
+    free_memory,
+    load_model,
+    prepare_model,
+)
 from malora_server.model.runner import ChunkInput, ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -178,7 +183,8 @@ class EngineCore:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         if model is None:
-            model = load_model(config.base, config.dtype, choose_device(config.device))
+            device = choose_device(config.device)
+            model = load_model(config.base, config.dtype, device, config.quantization)
         self._loaded = loaded = prepare_model(model)
         device = loaded.device
         capacity = _adapter_capacity(config, loaded)
@@ -456,9 +462,8 @@ def _adapter_capacity(config: EngineConfig, loaded: LoadedModel) -> int:
         return config.adapter_device_memory
     if config.adapters is None:
         return 0
-    if loaded.device.type == "cuda":
-        return torch.cuda.mem_get_info(loaded.device)[0] // 10
-    return min(2**30, psutil.virtual_memory().available // 8)
+    free = free_memory(loaded.device)
+    return free // 10 if loaded.device.type == "cuda" else min(2**30, free // 8)
 
 
 def _count_blocks(
@@ -479,11 +484,9 @@ def _count_blocks(
                 " bytes): raise --kv-cache-memory or lower --max-model-len"
             )
         return blocks
-    if loaded.device.type == "cuda":
-        free = torch.cuda.mem_get_info(loaded.device)[0]
-    else:
-        # The adapters' memory is not taken before they are loaded.
-        free = max(0, psutil.virtual_memory().available - adapters)
+    free = free_memory(loaded.device)
+    if loaded.device.type == "cpu":  # where the adapters' memory is not taken before they are read
+        free = max(0, free - adapters)
     share = CACHE_SHARES[loaded.device.type]
     fits = int(free * share) // per_block
     if fits < a_sequence:

@@ -17,6 +17,13 @@ from transformers import PreTrainedModel
 
 from malora.kernels.batched import BatchPlan
 from malora.kernels.resident import Group, Site
+from malora_server.model.quantization import (
+    Float8Weight,
+    can_stack,
+    check_weight,
+    quantise_rows,
+    stack,
+)
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Siblings that read the same input in the models of transformers."""
@@ -42,11 +49,9 @@ class LinearGroup(nn.Module):
         self.group = group
         self.context = context
         self.widths = [linear.out_features for linear in linears]
-        if len(linears) == 1:
-            self.weight, self.bias = linears[0].weight.data, linears[0].bias
-        else:
-            self.weight = torch.cat([linear.weight.data for linear in linears])
-            self.bias = _stacked_bias(linears)
+        self.weight = stack([linear.weight.data for linear in linears])
+        self.bias = _stacked_bias(linears)
+        self.float8 = Float8Weight.of(self.weight)
         self.number = torch.tensor(next(_numbers))
         _groups[int(self.number)] = self
         self._input: Tensor | None = None
@@ -56,37 +61,59 @@ class LinearGroup(nn.Module):
         """The output of the group's linear `index`; the product is made once for each input."""
         if self._input is not x:
             self._input = x
+            # Here, where the compiler joins it to what made x; the product is opaque to it.
+            rows = (None, None) if self.float8 is None else quantise_rows(x)
             if torch.compiler.is_compiling():
-                out = torch.ops.malora.grouped_linear(x, self.number, sum(self.widths))
+                out = torch.ops.malora.grouped_linear(x, *rows, self.number, sum(self.widths))
             else:
-                out = self.compute(x)
+                out = self.compute(x, *rows)
             self._outputs = list(out.split(self.widths, dim=-1))
         out = self._outputs[index]
         if index == len(self.widths) - 1:  # the last reader: hold nothing between steps
             self._input, self._outputs = None, []
         return out
 
-    def compute(self, x: Tensor) -> Tensor:
-        """All the group's outputs side by side, (…, sum of the widths), of inputs (…, n)."""
+    def compute(self, x: Tensor, rows: Tensor | None, scales: Tensor | None) -> Tensor:
+        """All the group's outputs side by side, (…, sum of the widths), of inputs (…, n).
+
+        rows, scales: `quantise_rows` of x, where the weight is float8.
+        """
         plan = self.context.plan
         if plan is None:
-            return F.linear(x, self.weight, self.bias)
+            return self._base_product(x, rows, scales)
         tokens = x.view(-1, x.shape[-1])
         plan.begin(tokens, self.group)
-        out = F.linear(x, self.weight, self.bias)
+        out = self._base_product(x, rows, scales)
         plan.add_to(out.view(-1, out.shape[-1]), tokens, self.group)
         return out
+
+    def _base_product(self, x: Tensor, rows: Tensor | None, scales: Tensor | None) -> Tensor:
+        if self.float8 is None or rows is None or scales is None:
+            return F.linear(x, self.weight, self.bias)
+        return self.float8.product(rows, scales, self.bias, x.dtype)
 
 
 # What a compiled layer calls. The group goes by number, in a tensor: as an attribute, it would be a
 # constant of the compilation, and every layer would be compiled on its own.
 @torch.library.custom_op("malora::grouped_linear", mutates_args=())
-def _grouped_linear_op(x: Tensor, number: Tensor, width: int) -> Tensor:  # noqa: ARG001
-    return _groups[int(number)].compute(x)
+def _grouped_linear_op(
+    x: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    number: Tensor,
+    width: int,  # noqa: ARG001
+) -> Tensor:
+    return _groups[int(number)].compute(x, rows, scales)
 
 
 @_grouped_linear_op.register_fake
-def _(x: Tensor, number: Tensor, width: int) -> Tensor:  # noqa: ARG001
+def _(
+    x: Tensor,
+    rows: Tensor | None,  # noqa: ARG001
+    scales: Tensor | None,  # noqa: ARG001
+    number: Tensor,  # noqa: ARG001
+    width: int,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], width))
 
 
@@ -104,11 +131,12 @@ class GroupedLinear(nn.Module):
 
 
 def _stacked_bias(linears: list[nn.Linear]) -> Tensor | None:
-    if all(linear.bias is None for linear in linears):
-        return None
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if len(linears) == 1 or not biases:
+        return biases[0] if biases else None
     return torch.cat(
         [
-            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+            biases[0].new_zeros(linear.out_features) if linear.bias is None else linear.bias
             for linear in linears
         ]
     )
@@ -121,9 +149,11 @@ def group_linears(model: PreTrainedModel, context: AdapterContext) -> list[Group
     for layer_path, layer_index, layer in decoder_layers(model):
         for path, parent in list(layer.named_modules()):
             names = [n for n, m in parent.named_children() if isinstance(m, nn.Linear)]
-            for members in _fuse(names):
+            prefix = ".".join(p for p in (layer_path, path) if p)
+            for name in names:
+                check_weight(f"{prefix}.{name}", getattr(parent, name).weight)
+            for members in _fuse(parent, names):
                 linears = [getattr(parent, name) for name in members]
-                prefix = ".".join(p for p in (layer_path, path) if p)
                 starts = [sum(m.out_features for m in linears[:i]) for i in range(len(linears))]
                 sites = tuple(
                     Site(f"{prefix}.{name}", start, linear.out_features)
@@ -138,8 +168,13 @@ def group_linears(model: PreTrainedModel, context: AdapterContext) -> list[Group
     return groups
 
 
-def _fuse(names: list[str]) -> list[tuple[str, ...]]:
-    fused = [family for family in FUSED if all(name in names for name in family)]
+def _fuse(parent: nn.Module, names: list[str]) -> list[tuple[str, ...]]:
+    fused = [
+        family
+        for family in FUSED
+        if all(name in names for name in family)
+        and can_stack([getattr(parent, name).weight.data for name in family])
+    ]
     taken = {name for family in fused for name in family}
     return [*fused, *((name,) for name in names if name not in taken)]
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from malora.format import BaseModelSpec
 from malora.kernels.resident import Group
 from malora_server.model.attention import IMPLEMENTATION, attention_layers
 from malora_server.model.linears import AdapterContext, decoder_layers, group_linears
+from malora_server.model.quantization import (
+    Quantization,
+    check_dtype,
+    is_quantised,
+    num_bytes,
+    quantizer,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,18 +49,78 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_model(base: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    """Load a model from a folder or a hub id.
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
-    dtype: "auto" is float32 on the CPU and the checkpoint's own elsewhere. Raises OSError or
-    ValueError where the model is missing or broken.
+
+def load_model(
+    base: str, dtype: str, device: torch.device, quantization: Quantization | None = None
+) -> PreTrainedModel:
+    """Load a model from a folder or a hub id, tensor by tensor onto the device.
+
+    dtype: "auto" is float32 on the CPU; elsewhere the checkpoint's own, or bfloat16 where it is to
+    be quantised. Raises OSError or ValueError where the model is missing or broken, is too large,
+    or cannot be quantised so.
     """
-    if dtype == "auto":
-        chosen: torch.dtype | str = torch.float32 if device.type == "cpu" else "auto"
-    else:
+    chosen: torch.dtype | str = "auto"
+    if dtype != "auto":
         chosen = DTYPES[dtype]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=chosen, trust_remote_code=False)
-    return model.to(device)
+    elif device.type == "cpu":
+        chosen = torch.float32
+    elif quantization is not None:
+        chosen = torch.bfloat16
+    _refuse_pickles(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    quantised = is_quantised(config)
+    options: dict[str, Any] = {}
+    if quantization is not None and isinstance(chosen, torch.dtype):
+        if quantised:
+            raise ValueError("the base model is quantised already: leave out --quantization")
+        options["quantization_config"] = quantizer(quantization, chosen, device)
+    if not quantised:
+        _check_fits(config, chosen, device, quantization is not None)
+    if device.type != "cpu":
+        options["device_map"] = device
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base, config=config, dtype=chosen, use_safetensors=True, trust_remote_code=False, **options
+    )
+    if quantised:
+        check_dtype(model.dtype)
+    return model
+
+
+def _refuse_pickles(base: str) -> None:
+    """A clear ValueError for a folder of weights that would run code; no others are ever read."""
+    folder = Path(base)
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{base} holds pickled weights (*.bin), which can run code as they are loaded: save "
+            "the model as safetensors"
+        )
+
+
+def _check_fits(
+    config: PretrainedConfig, dtype: torch.dtype | str, device: torch.device, quantised: bool
+) -> None:
+    """Raises ValueError where the weights alone take more than the device has free."""
+    if not isinstance(dtype, torch.dtype):
+        dtype = config.get_text_config().dtype or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    narrow = set()
+    if quantised:
+        linears = (m for _, _, layer in decoder_layers(model) for m in layer.modules())
+        narrow = {m.weight for m in linears if isinstance(m, nn.Linear)}
+    needed = sum(p.numel() * (1 if p in narrow else dtype.itemsize) for p in model.parameters())
+    free = free_memory(device)
+    if needed > free:
+        raise ValueError(
+            f"the base model's weights take {needed:,} bytes{' quantised' * quantised}, and "
+            f"{free:,} are free on {device.type}"
+        )
 
 
 def prepare_model(model: PreTrainedModel) -> LoadedModel:
@@ -58,7 +129,7 @@ def prepare_model(model: PreTrainedModel) -> LoadedModel:
     Raises ValueError where it is not of a kind that can be served.
     """
     device = model.device
-    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    weights = sum(num_bytes(parameter.data) for parameter in model.parameters())
     model.set_attn_implementation(IMPLEMENTATION)
     model = model.eval().requires_grad_(False)
     attention_layers(model)  # refuses what cannot be served, before any more work
@@ -66,6 +137,7 @@ def prepare_model(model: PreTrainedModel) -> LoadedModel:
     adapters = AdapterContext()
     groups = group_linears(model, adapters)
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of the single linears, which lie stacked now
         # One compilation for all layers, whatever the batch: their elementwise work becomes a few
         # kernels between products and attention.
         for _, _, layer in decoder_layers(model):
@@ -78,7 +150,7 @@ def prepare_model(model: PreTrainedModel) -> LoadedModel:
         adapters=adapters,
         dtype=model.dtype,
         device=device,
-        num_bytes=num_bytes,
+        num_bytes=weights,
         max_model_len=_context_length(config),
         vocab_size=config.vocab_size,
         eos_token_ids=_eos_token_ids(model),

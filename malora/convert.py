@@ -27,7 +27,7 @@ from torch import Tensor
 
 from malora.basis import PEFT_PREFIX
 from malora.config import MaloraConfig
-from malora.files import AdapterFormatError, open_weights, read_config
+from malora.files import open_weights, read_config
 from malora.format import (
     AdaptedLinear,
     Adapter,
@@ -37,6 +37,7 @@ from malora.format import (
     save_adapter,
     shape_of,
 )
+from malora.limits import AdapterFormatError
 
 Converted = tuple[MaloraConfig, dict[str, AdaptedLinear]]
 

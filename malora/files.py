@@ -13,23 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 2**20
-MAX_WEIGHTS_BYTES = 4 * 2**30
+from malora.limits import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    MAX_WEIGHTS_BYTES,
+    WEIGHTS_NAME,
+    AdapterFormatError,
+)
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes an adapter's tensors may have, by their names in a safetensors header."""
-
-
-class AdapterFormatError(ValueError):
-    """An adapter that cannot be used. `code` is stable; the message is one sentence.
-
-    The message names the tensor or the field at fault, and no path of this machine.
-    """
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -22,14 +22,8 @@ from torch import Tensor
 
 from malora.basis import BASIS_NAME, PEFT_PREFIX, basis_digest, tensor_digest
 from malora.config import LinearShape, MaloraConfig, RouterInput
-from malora.files import (
-    CONFIG_NAME,
-    MAX_WEIGHTS_BYTES,
-    WEIGHTS_NAME,
-    AdapterFormatError,
-    open_weights,
-    read_config,
-)
+from malora.files import open_weights, read_config
+from malora.limits import CONFIG_NAME, MAX_WEIGHTS_BYTES, WEIGHTS_NAME, AdapterFormatError
 from malora.spec import BaseModelSpec
 
 __all__ = [

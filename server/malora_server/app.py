@@ -56,9 +56,9 @@ def create_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) -
     for module in (completions, chat, models, tokenize, system):
         app.include_router(module.router)
     app.add_middleware(BodyLimit)
-    keys = settings.api_keys()
-    if keys:
-        app.add_middleware(Authentication, keys=keys)
+    keys, admin_keys = settings.api_keys(), settings.admin_keys()
+    if keys or admin_keys:
+        app.add_middleware(Authentication, keys=keys, admin_keys=admin_keys)
     # Added last, so it is the outermost: it sees every reply.
     app.add_middleware(RequestContext, metrics=metrics)
     return app
@@ -168,7 +168,7 @@ def main(argv: list[str]) -> None:
     """`malora serve`: exits 0 after a drain, 2 with one line on stderr where it can't start."""
     try:
         settings = parse_settings(argv)
-        settings.api_keys()  # before the model is loaded
+        settings.admin_keys()  # and API keys: a bad one is told before the model is loaded
         configure_logging(settings.log_level)
         tokenizer = Tokenizer.load(settings.base)
         with (

@@ -101,6 +101,14 @@ class Settings(BaseSettings):
     api_keys_file: FilePath | None = Field(
         None, description="File of keys that clients may send, one a line; # begins a comment."
     )
+    admin_key: SecretStr | None = Field(
+        None,
+        description="Key that may also change adapters; better set as MALORA_ADMIN_KEY. With API "
+        "keys and without an admin key, nobody may.",
+    )
+    admin_key_file: FilePath | None = Field(
+        None, description="File of the admin key, or of several, one a line."
+    )
     max_logprobs: int = Field(
         20, ge=0, description="Most alternatives a request may ask for beside each token."
     )
@@ -124,21 +132,13 @@ class Settings(BaseSettings):
 
     def api_keys(self) -> set[str]:
         """All keys that clients may send; none: everybody may. StartError for one that is bad."""
-        keys = set()
-        if self.api_key is not None:
-            keys.add(_key(self.api_key.get_secret_value(), "--api-key (or MALORA_API_KEY)"))
-        if self.api_keys_file is not None:
-            try:
-                lines = self.api_keys_file.read_text().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-                raise StartError(f"can't read {self.api_keys_file}: {reason}") from None
-            for number, line in enumerate(lines, 1):
-                text = line.split("#", 1)[0].strip()
-                if text:
-                    keys.add(_key(text, f"{self.api_keys_file}, line {number}"))
-            if not keys:  # a file that was meant to close the server must not leave it open
-                raise StartError(f"{self.api_keys_file} holds no key")
+        return _keys(self.api_key, "--api-key (or MALORA_API_KEY)", self.api_keys_file)
+
+    def admin_keys(self) -> set[str]:
+        """All keys that may change adapters. StartError for one that is bad, or an API key too."""
+        keys = _keys(self.admin_key, "--admin-key (or MALORA_ADMIN_KEY)", self.admin_key_file)
+        if keys & self.api_keys():
+            raise StartError("an admin key is among the API keys, whose owners would be admins")
         return keys
 
     @property
@@ -149,6 +149,27 @@ class Settings(BaseSettings):
         if "base" not in self.model_fields_set:
             return EMBEDDED_BASE_NAME
         return Path(self.base).name or Path(self.base).resolve().name
+
+
+def _keys(secret: SecretStr | None, name: str, file: Path | None) -> set[str]:
+    keys = set()
+    if secret is not None:
+        keys.add(_key(secret.get_secret_value(), name))
+    if file is not None:
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise StartError(f"can't read {file}: {reason}") from None
+        from_file = set()
+        for number, line in enumerate(lines, 1):
+            text = line.split("#", 1)[0].strip()
+            if text:
+                from_file.add(_key(text, f"{file}, line {number}"))
+        if not from_file:  # a file that was meant to close the server must not leave it open
+            raise StartError(f"{file} holds no key")
+        keys |= from_file
+    return keys
 
 
 def _key(text: str, where: str) -> str:

@@ -27,6 +27,7 @@ from malora.format import AdaptedLinear
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import SamplingParams, Submit
+from malora_server.model.quantization import Quantization, quantizer
 
 PROMPT_TOKENS = 256
 NEW_TOKENS = 256
@@ -109,12 +110,16 @@ def main(
     batch: Annotated[list[int] | None, Option(help="Requests at a time.")] = None,
     rows: Annotated[str, Option(help="Kinds of adapters, comma-separated.")] = ",".join(KINDS),
     prefill: Annotated[bool, Option(help="Measure prefill too.")] = True,
+    quantization: Annotated[
+        Quantization | None, Option(help="fp8 or int8; vLLM's figures are not.")
+    ] = None,
     json_file: Annotated[Path | None, Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Measure decode steps and prefill of our engine, with every kind of adapter."""
     batches = batch or [64]
-    core = _engine(shape, max(batches))
+    core = _engine(shape, max(batches), quantization)
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "shape": shape}
+    results["quantization"] = quantization
     for kind in ["", *rows.split(",")]:
         if kind:
             _add_adapters(core, kind)
@@ -149,7 +154,7 @@ def _measure(
     print(size, row, figures, flush=True)
 
 
-def _engine(shape: str, max_batch: int) -> EngineCore:
+def _engine(shape: str, max_batch: int, quantization: Quantization | None) -> EngineCore:
     config = transformers.LlamaConfig(
         **SHAPES[shape], max_position_embeddings=8192, eos_token_id=None, bos_token_id=None
     )
@@ -158,6 +163,12 @@ def _engine(shape: str, max_batch: int) -> EngineCore:
         torch.set_default_dtype(torch.bfloat16)
         model = transformers.LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
+    if quantization is not None:
+        from torchao.quantization import quantize_
+
+        scheme = quantizer(quantization, torch.bfloat16, torch.device("cuda"))
+        quantize_(model.model.layers, scheme.quant_type)
+        torch.cuda.empty_cache()
     return EngineCore(
         EngineConfig(
             base=shape,
@@ -275,8 +286,8 @@ def _print(results: dict[str, Any], shape: str, batches: list[int]) -> None:
         base = figures["base"]
         table = Table(
             "row", "step, ms", "of base", "vLLM", "of its base", "prefill, tok/s", "of base",
-            title=f"{shape} on {results['device']}, {size} requests, "
-            f"{PROMPT_TOKENS} + {NEW_TOKENS} tokens",
+            title=f"{shape} {results['quantization'] or ''} on {results['device']}, "
+            f"{size} requests, {PROMPT_TOKENS} + {NEW_TOKENS} tokens",
         )  # fmt: skip
         for row, of in figures.items():
             theirs, their_base = of["vllm_step_ms"], base["vllm_step_ms"]

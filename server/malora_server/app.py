@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Iterator
+from types import FrameType
 
 import uvicorn
 import uvloop
@@ -26,6 +27,7 @@ from malora_server.api.state import Admission, ServerState
 from malora_server.api.tokenizer import Tokenizer
 from malora_server.engine.client import EngineClient, EngineStartError
 from malora_server.engine.config import EngineConfig
+from malora_server.engine.supervisor import EngineSupervisor
 from malora_server.logs import configure_logging
 from malora_server.metrics import Metrics
 from malora_server.settings import Settings, StartError, parse_settings
@@ -35,20 +37,32 @@ logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _KEEP_ALIVE_SECONDS = 75
 """Longer than usual load balancers keep a connection, so that it is they who close it."""
-_GRACE_SECONDS = 5
+_GRACE_SECONDS = 5.0
 """For the last replies to leave, after the engine has ended what was still running."""
+_HURRIED_GRACE_SECONDS = 0.5
+"""The same, after a second signal."""
 
 
-def create_app(settings: Settings, engine: EngineClient, tokenizer: Tokenizer) -> FastAPI:
+class EngineFailedError(RuntimeError):
+    """The engine failed while it served, and is not to be started again."""
+
+
+def create_app(settings: Settings, engine: EngineSupervisor, tokenizer: Tokenizer) -> FastAPI:
     """The ASGI application over a started engine; StartError where names clash."""
     metrics = Metrics(engine, settings.base_name, settings.max_metric_models)
+    registry = ModelRegistry(settings.base_name, engine.ready.adapters)
+
+    async def on_restart(client: EngineClient) -> None:
+        registry.update(client.ready.adapters)
+
+    engine.on_restart = on_restart
     engine.on_report = metrics.add_report
     app = FastAPI(title="malora")
     app.state.server = ServerState(
         settings=settings,
         engine=engine,
         tokenizer=tokenizer,
-        registry=ModelRegistry(settings.base_name, engine.ready.adapters),
+        registry=registry,
         metrics=metrics,
         admission=Admission(engine, settings.max_num_seqs, settings.max_queued_requests),
     )
@@ -91,25 +105,47 @@ def _bytes(size: ByteSize | None) -> int | None:
 class DrainingServer(uvicorn.Server):
     """uvicorn, which at its end gives the engine a time to finish what runs.
 
-    What is not finished by then the engine aborts, and the client gets an error object.
+    What is not finished by then the engine aborts, and the client gets an error object. A second
+    signal cuts that time short. It ends, too, where there will be no engine any more.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: EngineSupervisor, drain_seconds: float
+    ) -> None:
         super().__init__(config)
         self._engine = engine
         self._drain_seconds = drain_seconds
+        self._grace_seconds = _GRACE_SECONDS
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to `serve`, which handles them from before the engine starts."""
         yield
 
+    def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
+        """Drain; the second time, abort what still runs."""
+        if self.should_exit:
+            logger.info("a second signal: aborting what still runs")
+            self._grace_seconds = _HURRIED_GRACE_SECONDS
+            self._engine.abort()
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end (uvicorn asks ten times a second)."""
+        return await super().on_tick(counter) or self._engine.failure is not None
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, drain, end the engine."""
+        self.should_exit = True
         logger.info("draining for up to %g s", self._drain_seconds)
-        draining = asyncio.create_task(self._engine.stop(self._drain_seconds))
-        await super().shutdown(sockets)
-        await draining
+        stopping = asyncio.create_task(self._engine.stop(self._drain_seconds))
+        closing = asyncio.create_task(super().shutdown(sockets))
+        await stopping
+        # Whoever still sends a request, or does not read its reply, is not waited for any longer.
+        await asyncio.wait({closing}, timeout=self._grace_seconds)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await closing
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -132,13 +168,21 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(settings: Settings, tokenizer: Tokenizer, listener: socket.socket) -> None:
-    """Start the engine and serve until SIGTERM or SIGINT; EngineStartError, StartError."""
+    """Start the engine and serve until SIGTERM or SIGINT.
+
+    Raises EngineStartError, StartError; EngineFailedError where it ends for want of an engine.
+    """
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
     for number in _SIGNALS:
         loop.add_signal_handler(number, task.cancel)
-    engine = await EngineClient.start(engine_config(settings), settings.log_level)
+    engine = await EngineSupervisor.start(
+        engine_config(settings),
+        settings.log_level,
+        timeout=settings.engine_timeout,
+        restart=settings.restart,
+    )
     try:
         config = uvicorn.Config(
             create_app(settings, engine, tokenizer),
@@ -150,7 +194,6 @@ async def serve(settings: Settings, tokenizer: Tokenizer, listener: socket.socke
             access_log=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout) + _GRACE_SECONDS,
         )
         server = DrainingServer(config, engine, settings.shutdown_timeout)
     except BaseException:
@@ -160,22 +203,36 @@ async def serve(settings: Settings, tokenizer: Tokenizer, listener: socket.socke
         loop.add_signal_handler(number, server.handle_exit, number, None)
     port = listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    listener.listen(config.backlog)  # so that what the next line says is true
     logger.info("serving %s on http://%s:%d", settings.base_name, host, port)
     await server.serve(sockets=[listener])
+    if engine.failure is not None:
+        raise EngineFailedError(engine.failure)
+
+
+def raise_file_limit() -> None:
+    """Allow this process and its children as many connections and files as the system lets it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main(argv: list[str]) -> None:
-    """`malora serve`: exits 0 after a drain, 2 with one line on stderr where it can't start."""
+    """`malora serve`: its exit status is 0 after a drain.
+
+    With one line on standard error that says why, it is 1 where the engine failed for good, 2
+    where the server can't start.
+    """
     try:
         settings = parse_settings(argv)
         settings.admin_keys()  # and API keys: a bad one is told before the model is loaded
         configure_logging(settings.log_level)
+        raise_file_limit()
         tokenizer = Tokenizer.load(settings.base)
         with (
             listen(settings.host, settings.port) as listener,
             contextlib.suppress(asyncio.CancelledError),
         ):
             uvloop.run(serve(settings, tokenizer, listener))
-    except (StartError, EngineStartError) as error:
+    except (StartError, EngineStartError, EngineFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, EngineFailedError) else 2)

@@ -70,6 +70,10 @@ class Engine(Protocol):
     def stats(self) -> EngineStats:
         """Its newest state."""
 
+    @property
+    def restarts(self) -> int:
+        """How many engine processes were started in place of one that ended."""
+
 
 @dataclass
 class _Routing:
@@ -116,6 +120,11 @@ class _EngineCollector(Collector):
         up = GaugeMetricFamily("malora_engine_up", "Whether the engine lives: 1, else 0.")
         up.add_metric((), float(self._engine.healthy))
         yield up
+        restarts = CounterMetricFamily(
+            "malora_engine_restarts", "Engine processes started in place of one that ended."
+        )
+        restarts.add_metric((), self._engine.restarts)
+        yield restarts
         stats = self._engine.stats
         for kind, values in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for name, text, read in values:

@@ -123,6 +123,17 @@ class Settings(BaseSettings):
         ge=0,
         description="Most adapters that have metrics of their own; further ones share 'other'.",
     )
+    restart: bool = Field(
+        True,
+        description="Start the engine again where it fails; without it, the server ends then.",
+    )
+    engine_timeout: float = Field(
+        300.0,
+        ge=2,
+        allow_inf_nan=False,
+        description="Seconds that one step of the engine may take; after these it counts as hung, "
+        "and is killed.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines to write."
     )

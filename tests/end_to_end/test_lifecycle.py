@@ -19,7 +19,14 @@ from malora.base_model import PATH as BASE
 
 COMPLETIONS = "/v1/completions"
 NUM_STREAMS = 6
-SHUTDOWN_TIMEOUTS = {"drains": 30, "drains at once": 0, "loses its engine": 30, "is killed": 30}
+FLAGS: dict[str, tuple[object, ...]] = {
+    "drains": ("--shutdown-timeout", 30),
+    "drains at once": ("--shutdown-timeout", 0),
+    "is hurried": ("--shutdown-timeout", 30),
+    "restarts its engine": (),
+    "ends with its engine": ("--no-restart",),
+    "is killed": (),
+}
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,7 @@ def servers(launch: Callable[..., Any], adapters: Path) -> Servers:
     """The test's own servers, beside the one that other tests share."""
     flags = ("--base", BASE, "--adapters", adapters, "--kv-cache-memory", "64MiB")
     stopped, killed = launch(*flags), launch(*flags)
-    ready = {
-        part: launch(*flags, "--shutdown-timeout", seconds)
-        for part, seconds in SHUTDOWN_TIMEOUTS.items()
-    }
+    ready = {part: launch(*flags, *extra) for part, extra in FLAGS.items()}
     stopped.engine()
     stopped.process.send_signal(signal.SIGTERM)
     orphan = killed.engine()
@@ -89,8 +93,9 @@ async def load(
 
         whole = asyncio.create_task(http.post(COMPLETIONS, json=body(1, max_tokens)))
         reading = [asyncio.create_task(rest(stream)) for stream in streams]
+        running = f'requests_running{{model_name="{BASE.name}"}} {NUM_STREAMS + 1}.0'
         async with asyncio.timeout(20):
-            while f"running {NUM_STREAMS + 1}.0" not in (await http.get("/metrics")).text:
+            while running not in (await http.get("/metrics")).text:
                 await asyncio.sleep(0.02)
         yield reading, whole
 
@@ -136,12 +141,26 @@ async def test_sigterm_ends_what_the_time_to_drain_is_too_short_for(
         started = time.monotonic()
         for payloads in await asyncio.gather(*reading):
             check_cut_off(payloads, "shutdown")
-        reply = await whole
-        assert reply.status_code == 503
-        assert reply.json()["error"]["code"] == "shutdown"
+        check_refused(await whole, "shutdown")
     assert server.process.wait(20) == 0
     assert time.monotonic() - started < 5
     wait_until_gone(engine, 1)
+    check_clean(server)
+
+
+async def test_a_second_sigterm_ends_what_runs_at_once(servers: Servers) -> None:
+    server = servers.ready["is hurried"]
+    async with load(server.url, 900) as (reading, whole):
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        for payloads in await asyncio.gather(*reading):
+            check_cut_off(payloads, "shutdown")
+        check_refused(await whole, "shutdown")
+    assert server.process.wait(20) == 0
+    assert time.monotonic() - started < 5
     check_clean(server)
 
 
@@ -150,12 +169,16 @@ def check_clean(server: Any) -> None:
     assert list(server.log.parent.glob("malora-*")) == [], "temporary files stayed behind"
 
 
-async def test_a_lost_engine_fails_every_request_and_the_health_check(
-    servers: Servers,
-) -> None:
-    server = servers.ready["loses its engine"]
+def check_refused(reply: httpx.Response, code: str) -> None:
+    assert reply.status_code == 503
+    assert reply.json()["error"]["code"] == code
+
+
+async def test_a_lost_engine_fails_what_ran_and_is_started_again(servers: Servers) -> None:
+    server = servers.ready["restarts its engine"]
     engine = server.engine()
     url = server.url
+    before = [completion(url, index) for index in range(3)]
     async with load(url, 900) as (reading, whole):
         engine.kill()
         for payloads in await asyncio.gather(*reading):
@@ -166,10 +189,41 @@ async def test_a_lost_engine_fails_every_request_and_the_health_check(
             httpx.post(f"{url}{COMPLETIONS}", json=body(0, 2)),
             httpx.post(f"{url}{COMPLETIONS}", json=body(0, 2, stream=True)),
         ):
-            assert reply.status_code == 503
-            assert reply.json()["error"]["code"] == "engine_dead"
+            check_refused(reply, "engine_dead")
+            assert int(reply.headers["retry-after"]) >= 1
     assert httpx.get(f"{url}/v1/models").status_code == 200
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{url}/health").status_code != 200:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    assert server.engine().pid != engine.pid
+    assert not engine.is_running()
+    assert [completion(url, index) for index in range(3)] == before
+    assert "malora_engine_restarts_total 1.0" in httpx.get(f"{url}/metrics").text
+    log = server.log.read_text()
+    assert "the engine was killed by SIGKILL" in log
+    assert "the engine serves again" in log
     assert server.stop(20) == 0
+    check_clean(server)
+
+
+def completion(url: str, index: int) -> str:
+    reply = httpx.post(f"{url}{COMPLETIONS}", json=body(index, 12), timeout=60)
+    text: str = reply.raise_for_status().json()["choices"][0]["text"]
+    return text
+
+
+async def test_without_restart_a_lost_engine_ends_the_server(servers: Servers) -> None:
+    server = servers.ready["ends with its engine"]
+    engine = server.engine()
+    async with load(server.url, 900) as (reading, whole):
+        engine.kill()
+        for payloads in await asyncio.gather(*reading):
+            check_cut_off(payloads, "engine_dead")
+        check_refused(await whole, "engine_dead")
+    assert server.process.wait(20) == 1
+    last = server.log.read_text().splitlines()[-1]
+    assert last.startswith("error: the engine was killed by SIGKILL")
     check_clean(server)
 
 
@@ -180,12 +234,14 @@ async def test_an_engine_whose_server_is_killed_ends_by_itself(servers: Servers)
         server.process.kill()
         await asyncio.gather(*reading, whole, return_exceptions=True)
     wait_until_gone(engine, 30)
+    check_clean(server)
 
 
 def test_an_engine_that_loads_when_its_server_is_killed_ends_too(servers: Servers) -> None:
     assert servers.killed.process.wait(5) == -signal.SIGKILL
     assert '"serving ' not in servers.killed.log.read_text()
-    wait_until_gone(servers.orphan, 60)
+    wait_until_gone(servers.orphan, 10)
+    check_clean(servers.killed)
 
 
 def test_sigterm_ends_a_server_that_still_loads(servers: Servers) -> None:

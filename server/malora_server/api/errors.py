@@ -81,6 +81,11 @@ def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, code=code, param=param)
 
 
+def engine_dead(message: str, retry_after: int) -> ApiError:
+    """A 503 while there is no engine. retry_after: seconds in which there should be one."""
+    return ApiError(503, message, code="engine_dead", headers={"Retry-After": str(retry_after)})
+
+
 def internal_error() -> ApiError:
     """What a client learns of a fault of ours: nothing but that it happened."""
     return ApiError(500, "The server failed to answer this request; its log says why.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from malora_server.api.errors import ApiError
+from malora_server.api.errors import ApiError, engine_dead
 from malora_server.api.protocol import GenerationRequest
 from malora_server.api.registry import ServedModel
 from malora_server.api.sampling import nth_choice
@@ -102,8 +102,8 @@ class Choice:
                         return
         except EngineDeadError:
             self.reason = "error"
-            raise ApiError(
-                503, "The engine has stopped; the request was not finished.", code="engine_dead"
+            raise engine_dead(
+                "The engine has stopped; the request was not finished.", server.engine.retry_after
             ) from None
         except ApiError:
             self.reason = "error"

@@ -43,6 +43,11 @@ class ModelRegistry:
                 "base model with --served-model-name"
             )
         self.base = ServedModel(base_name, int(time.time()))
+        self.update(adapters)
+
+    def update(self, adapters: Sequence[AdapterInfo]) -> None:
+        """Know these adapters, and no others; one with the base model's name is left out."""
+        adapters = [adapter for adapter in adapters if adapter.name != self.base.name]
         self.adapters = {adapter.name: adapter for adapter in adapters}
         """Every adapter, the broken ones included."""
         served = (

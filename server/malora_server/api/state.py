@@ -18,7 +18,7 @@ from malora_server.metrics import Metrics
 from malora_server.settings import Settings
 
 if TYPE_CHECKING:
-    from malora_server.engine.client import EngineClient
+    from malora_server.engine.supervisor import EngineSupervisor
 
 _RETRY_AFTER_SECONDS = 1
 
@@ -26,7 +26,7 @@ _RETRY_AFTER_SECONDS = 1
 class Admission:
     """Bounds how many sequences may wait in the engine."""
 
-    def __init__(self, engine: EngineClient, max_running: int, max_queued: int) -> None:
+    def __init__(self, engine: EngineSupervisor, max_running: int, max_queued: int) -> None:
         self._engine = engine
         self._max_running = max_running
         self._max_queued = max_queued
@@ -88,7 +88,7 @@ class ServerState:
     """One server's parts."""
 
     settings: Settings
-    engine: EngineClient
+    engine: EngineSupervisor
     tokenizer: Tokenizer
     registry: ModelRegistry
     metrics: Metrics

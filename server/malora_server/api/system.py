@@ -8,7 +8,7 @@ from importlib.metadata import version
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from malora_server.api.errors import ApiError
+from malora_server.api.errors import engine_dead
 from malora_server.api.state import Server
 from malora_server.api.streaming import encode_json
 
@@ -19,7 +19,7 @@ router = APIRouter()
 async def health(server: Server) -> Response:
     """200 while the engine lives, else 503."""
     if not server.engine.healthy:
-        raise ApiError(503, "The engine has stopped.", code="engine_dead")
+        raise engine_dead("The engine has stopped.", server.engine.retry_after)
     return Response(encode_json({"status": "ok"}), media_type="application/json")
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
+import logging
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -25,23 +30,33 @@ from malora_server.engine.messages import (
 )
 from malora_server.logs import configure_logging
 
+logger = logging.getLogger(__name__)
 
-def run_engine(config: EngineConfig, inbox: str, outbox: str, log_level: str, parent: int) -> None:
+_HEARTBEAT_SECONDS = 0.5
+"""An engine is never silent for twice that, but for the time that one step takes."""
+
+
+def run_engine(config: EngineConfig, folder: Path, log_level: str) -> None:
     """The process's main function: serve until told to stop, or until the parent is gone.
 
-    inbox, outbox: ZeroMQ endpoints bound by the API process. parent: that process's id.
+    folder: the API process's, where it has bound two sockets, `inbox` and `outbox`. Standard input
+    is a pipe from it, whose end means that it is gone.
     """
     configure_logging(log_level)
     disable_progress_bar()
     # A terminal or a supervisor may signal every process; the API process drains, then says stop.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # Where it crashed, and on SIGUSR1 where it is: to standard error.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     context = zmq.Context()
     receiver = context.socket(zmq.PULL)
     sender = context.socket(zmq.PUSH)
-    for socket, endpoint in ((receiver, inbox), (sender, outbox)):
+    for socket, name in ((receiver, "inbox"), (sender, "outbox")):
         socket.set_hwm(0)
-        socket.connect(endpoint)
+        socket.connect(f"ipc://{folder / name}")
     link = _Link(receiver, sender)
     try:
         core = EngineCore(config)
@@ -49,10 +64,18 @@ def run_engine(config: EngineConfig, inbox: str, outbox: str, log_level: str, pa
         link.send(Failed(_one_line(error)))
     else:
         link.send(core.ready)
-        _serve(core, link, parent)
+        _serve(core, link)
     finally:
-        # Nobody reads the last words when the parent is gone.
-        context.destroy(linger=2000 if os.getppid() == parent else 0)
+        context.destroy(linger=2000)
+
+
+def _end_with_parent(folder: Path) -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    # The parent can't tidy up any more, and what this process started has no other parent. Nor
+    # can it be told to stop in mid-step but by a signal.
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _one_line(error: Exception) -> str:
@@ -67,14 +90,21 @@ class _Link:
         self._sender = sender
         self._decoder = msgspec.msgpack.Decoder(Message)
         self._encoder = msgspec.msgpack.Encoder()
+        self._last_sent = time.monotonic()
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is time for a word, so that the API process knows that this one lives."""
+        return time.monotonic() - self._last_sent >= _HEARTBEAT_SECONDS
 
     def send(self, reply: Reply) -> None:
+        self._last_sent = time.monotonic()
         self._sender.send(self._encoder.encode(reply))
 
     def receive(self, wait: bool) -> list[Message]:
-        """Every message that has come; with `wait`, at least one or nothing for a second."""
+        """Every message that has come; with `wait`, at least one, unless none comes in time."""
         messages: list[Message] = []
-        if wait and not self._receiver.poll(1000):
+        if wait and not self._receiver.poll(int(_HEARTBEAT_SECONDS * 1000)):
             return messages
         while True:
             try:
@@ -83,9 +113,9 @@ class _Link:
                 return messages
 
 
-def _serve(core: EngineCore, link: _Link, parent: int) -> None:
+def _serve(core: EngineCore, link: _Link) -> None:
     deadline: float | None = None
-    while os.getppid() == parent:
+    while True:
         failures: list[SequenceOutput] = []
         freed = False
         for message in link.receive(wait=not core.has_work and deadline is None):
@@ -102,7 +132,7 @@ def _serve(core: EngineCore, link: _Link, parent: int) -> None:
         report = core.report()
         if report is not None:
             link.send(report)
-        if failures or freed:
+        if failures or freed or link.is_silent:
             # No step may follow to tell what the engine holds now.
             link.send(Outputs(failures, core.stats()))
         if core.has_work and (deadline is None or time.monotonic() < deadline):
@@ -115,7 +145,9 @@ def _serve(core: EngineCore, link: _Link, parent: int) -> None:
 
 
 if __name__ == "__main__":
-    _config, _inbox, _outbox, _level, _parent = sys.argv[1:]
-    run_engine(
-        msgspec.json.decode(_config, type=EngineConfig), _inbox, _outbox, _level, int(_parent)
-    )
+    _config, _folder, _level = sys.argv[1:]
+    try:
+        run_engine(msgspec.json.decode(_config, type=EngineConfig), Path(_folder), _level)
+    except Exception:
+        logger.exception("the engine failed")
+        sys.exit(1)

@@ -85,6 +85,9 @@ class FakeEngine:
         self.stopping = asyncio.Event()
         self.healthy = True
         self.on_report = None
+        self.restarts = 0
+        self.retry_after = 7
+        self.failure: str | None = None
         self.stats = EngineStats(2, 3, 0.25, 100, 40, 1, 9)
         self.ready = Ready(
             max_model_len=128,

@@ -84,10 +84,10 @@ def test_an_address_that_is_none() -> None:
 def test_an_engine_that_does_not_start(
     capsys: pytest.CaptureFixture[str], base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def start(config: Any, log_level: str) -> Any:
+    async def start(config: Any, log_level: str, **options: Any) -> Any:
         raise EngineStartError("config.json is missing")
 
-    monkeypatch.setattr(app_module.EngineClient, "start", start)
+    monkeypatch.setattr(app_module.EngineSupervisor, "start", start)
     line = _error(capsys, ["--base", base, "--port", "0"])
     assert line == "error: config.json is missing"
 
@@ -150,17 +150,17 @@ from malora_server import app
 from malora_server.engine.messages import EngineStats, Ready
 
 class Engine:
-    healthy, stats = True, EngineStats()
+    healthy, stats, failure = True, EngineStats(), None
     ready = Ready(max_model_len=9, vocab_size=9, num_blocks=1, block_size=1, dtype="", device="",
                   adapters=[])
     async def stop(self, timeout): print("stopped", flush=True)
 
-async def start(config, log_level):
+async def start(config, log_level, **options):
     print("starting", flush=True)
     if {phase == "starting"}: await asyncio.sleep(60)
     return Engine()
 
-app.EngineClient.start = start
+app.EngineSupervisor.start = start
 app.main(["--base", {base!r}, "--port", "0"])
 """
     )

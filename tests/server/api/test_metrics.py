@@ -151,6 +151,7 @@ async def test_reports_add_up(client: httpx.AsyncClient, engine: Any) -> None:
 
 class _Engine:
     healthy = True
+    restarts = 0
     stats = EngineStats()
 
 
@@ -211,4 +212,7 @@ def test_without_names_to_give_only_the_base_has_one() -> None:
 
 async def test_a_dead_engine_shows(client: httpx.AsyncClient, engine: Any) -> None:
     engine.healthy = False
-    assert (await _read(client))["engine_up", _labels()] == 0
+    engine.restarts = 3
+    metrics = await _read(client)
+    assert metrics["engine_up", _labels()] == 0
+    assert metrics["engine_restarts_total", _labels()] == 3

@@ -128,3 +128,34 @@ async def test_a_missing_base_is_one_line(config, tmp_path):
         await EngineClient.start(missing, "warning")
     assert "nothing" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+async def test_an_engine_that_hangs_is_killed(config):
+    client = await EngineClient.start(config, "warning", timeout=2)
+    stream = client.generate(submit("long", 240))
+    await anext(stream)
+    os.kill(client._process.pid, signal.SIGSTOP)
+    with pytest.raises(EngineDeadError, match="said nothing for 2 s while 1 sequences waited"):
+        async for _ in stream:
+            pass
+    assert "said nothing" in await client.ended()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(client._process.pid, 0)
+
+
+async def test_an_engine_with_nothing_to_do_may_be_silent(config):
+    client = await EngineClient.start(config, "warning", timeout=2)
+    os.kill(client._process.pid, signal.SIGSTOP)
+    await asyncio.sleep(2.6)
+    assert client.healthy
+    os.kill(client._process.pid, signal.SIGCONT)
+    assert len(await collect(client, submit("after"))) == 20
+    await client.stop(0)
+
+
+async def test_nothing_stays_in_the_temporary_folder(config, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    client = await EngineClient.start(config, "warning")
+    assert list(tmp_path.iterdir()) == []
+    assert len(await collect(client, submit("served"))) == 20
+    await client.stop(0)

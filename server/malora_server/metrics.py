@@ -28,6 +28,8 @@ from prometheus_client.registry import Collector
 from malora_server.engine.messages import (
     LAYER_GROUPS,
     STEP_TOKEN_BUCKETS,
+    AdapterStatus,
+    AdapterStoreStats,
     EngineStats,
     Report,
     RoutingSample,
@@ -39,6 +41,7 @@ OTHER = "other"
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKEN_SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+_LOAD_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TOKENS = (1, 5, 10, 50, 100, 500, 1_000, 5_000, 10_000, 50_000, 100_000)
 _CHOICES = (1, 2, 5, 10, 20)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
@@ -54,6 +57,29 @@ _COUNTERS: tuple[EngineValue, ...] = (
     ("prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.prefix_cache_queries),
     ("prefix_cache_hits", "Prompt tokens found.", lambda s: s.prefix_cache_hits),
     ("num_preemptions", "Sequences that had to give way.", lambda s: s.preemptions),
+)
+
+StoreValue = tuple[str, Callable[[AdapterStoreStats], float]]
+_STORE: tuple[tuple[str, str, tuple[StoreValue, ...]], ...] = (
+    (
+        "adapter_memory_bytes",
+        "Bytes that adapters take, each shared basis once.",
+        (("device", lambda s: s.device_bytes), ("host", lambda s: s.host_bytes)),
+    ),
+    (
+        "adapter_memory_capacity_bytes",
+        "Bytes that adapters may take.",
+        (("device", lambda s: s.device_capacity), ("host", lambda s: s.host_capacity)),
+    ),
+    (
+        "adapters",
+        "Adapters on the device; in host memory, those on the device included; being read.",
+        (
+            ("device", lambda s: s.num_device),
+            ("host", lambda s: s.num_host),
+            ("loading", lambda s: s.num_loading),
+        ),
+    ),
 )
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # half as many series again, unused
@@ -102,13 +128,17 @@ class _Routing:
 class _EngineCollector(Collector):
     """Reads the engine's own totals when somebody asks, so that a step costs nothing here."""
 
-    def __init__(self, engine: Engine, base_name: str) -> None:
+    def __init__(self, engine: Engine, base_name: str, name_of: Callable[[str], str]) -> None:
+        """name_of: what an adapter is called among the metrics."""
         self._engine = engine
         self._labels = (base_name,)
         self._num_steps = [0] * (len(STEP_TOKEN_BUCKETS) + 1)
         self._num_tokens = 0
         self.routing: dict[str, _Routing] = {}
         """By the model's name among the metrics."""
+        self.residents: dict[tuple[str, int], AdapterStatus] = {}
+        """The adapters in memory: by name, and which of its contents."""
+        self._name_of = name_of
 
     def add(self, report: Report) -> None:
         """Count a report's steps."""
@@ -131,7 +161,13 @@ class _EngineCollector(Collector):
                 family = kind(f"malora_{name}", text, labels=("model_name",))
                 family.add_metric(self._labels, read(stats))
                 yield family
+        for name, text, tiers in _STORE:
+            family = GaugeMetricFamily(f"malora_{name}", text, labels=("tier",))
+            for tier, read_tier in tiers:
+                family.add_metric((tier,), read_tier(stats.adapters))
+            yield family
         yield self._iteration_tokens()
+        yield self._residency()
         yield from self._routing_families()
 
     def _iteration_tokens(self) -> Metric:
@@ -144,6 +180,22 @@ class _EngineCollector(Collector):
         counts = accumulate(self._num_steps)
         buckets = [(str(bound), float(n)) for bound, n in zip(bounds, counts, strict=True)]
         family.add_metric(self._labels, buckets, self._num_tokens)
+        return family
+
+    def _residency(self) -> Metric:
+        family = GaugeMetricFamily(
+            "malora_adapter_resident_bytes",
+            "Bytes of an adapter's own in a tier, its basis not among them where others share it.",
+            labels=("model_name", "tier"),
+        )
+        sums: dict[tuple[str, str], int] = {}
+        for status in list(self.residents.values()):
+            name = self._name_of(status.name)
+            for tier, size in (("device", status.device_bytes), ("host", status.host_bytes)):
+                if size:
+                    sums[name, tier] = sums.get((name, tier), 0) + size
+        for labels, value in sums.items():
+            family.add_metric(labels, value)
         return family
 
     def _routing_families(self) -> Iterator[Metric]:
@@ -233,7 +285,7 @@ class Metrics:
     def __init__(self, engine: Engine, base_name: str, max_models: int) -> None:
         """What the engine does as a whole bears the base model's name, as vLLM has it."""
         self._registry = CollectorRegistry(auto_describe=False)
-        self._engine = _EngineCollector(engine, base_name)
+        self._engine = _EngineCollector(engine, base_name, self._name_of)
         self._registry.register(self._engine)
         self._num_free_names = max_models
         self._models: dict[str, ModelMetrics] = {}
@@ -287,6 +339,13 @@ class Metrics:
         self._params_n = self._histogram("request_params_n", "Choices asked for.", _CHOICES)
         self._params_max_tokens = self._histogram(
             "request_params_max_tokens", "Most tokens that a request allowed a choice.", _TOKENS
+        )
+        self._load_seconds = self._histogram(
+            "adapter_load_seconds", "From disk to host memory.", _LOAD_SECONDS
+        )
+        self._load_failures = self._counter("adapter_load_failures", "Loads that failed.")
+        self._evictions = self._counter(
+            "adapter_evictions", "Departures from a tier: for others, or unloaded.", "tier"
         )
         self._http = Counter(
             "malora_http_requests",
@@ -352,6 +411,24 @@ class Metrics:
                 self._engine.routing[name] = more
             else:
                 known.add(more)
+
+    def add_adapters(self, statuses: Iterable[AdapterStatus]) -> None:
+        """Take in what became of adapters: every change, in the order they happened."""
+        for status in statuses:
+            key = status.name, status.number
+            name = self._name_of(status.name)
+            before = self._engine.residents.pop(key, None)
+            was_on_device = before is not None and before.tier == "device"
+            if status.tier in ("host", "device"):
+                self._engine.residents[key] = status
+                if before is None:
+                    self._load_seconds.labels(name).observe(status.load_seconds)
+            elif status.tier == "failed":
+                self._load_failures.labels(name).inc()
+            if was_on_device and status.tier != "device":
+                self._evictions.labels(name, "device").inc()
+            if before is not None and status.tier not in ("host", "device"):
+                self._evictions.labels(name, "host").inc()
 
     def http_request(self, method: str, path: str | None, status: int) -> None:
         """Count one HTTP request; `path` is the route's pattern, None where none matched."""

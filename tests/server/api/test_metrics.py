@@ -10,6 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from malora_server.engine.messages import (
     STEP_TOKEN_BUCKETS,
+    AdapterStatus,
+    AdapterStoreStats,
     EngineStats,
     Report,
     RoutingSample,
@@ -152,7 +154,53 @@ async def test_reports_add_up(client: httpx.AsyncClient, engine: Any) -> None:
 class _Engine:
     healthy = True
     restarts = 0
-    stats = EngineStats()
+    stats = EngineStats(adapters=AdapterStoreStats(500, 1000, 700, 2000, 2, 3, 1))
+
+
+def test_what_the_store_holds_and_what_became_of_each_adapter() -> None:
+    metrics = Metrics(_Engine(), "base", 2)
+    metrics.model("a")
+    metrics.add_adapters(
+        [
+            AdapterStatus("a", 1, "loading"),
+            AdapterStatus("a", 1, "host", host_bytes=30, load_seconds=0.2),
+            AdapterStatus("a", 1, "device", device_bytes=10, host_bytes=30, load_seconds=0.2),
+            AdapterStatus("a", 2, "host", host_bytes=40, load_seconds=0.3),
+            AdapterStatus("b", 1, "device", device_bytes=5, host_bytes=6, load_seconds=0.1),
+            AdapterStatus("c", 1, "device", device_bytes=7, host_bytes=8, load_seconds=0.1),
+            AdapterStatus("broken", 1, "failed", error="…"),
+        ]
+    )
+
+    def read(name: str, **labels: str) -> float:
+        return _parse(metrics.render().decode())[name, _labels(**labels)]
+
+    assert read("adapter_memory_bytes", tier="device") == 500
+    assert read("adapter_memory_capacity_bytes", tier="host") == 2000
+    assert [read("adapters", tier=tier) for tier in ("device", "host", "loading")] == [2, 3, 1]
+    assert read("adapter_resident_bytes", model_name="a", tier="device") == 10
+    assert read("adapter_resident_bytes", model_name="a", tier="host") == 70
+    assert read("adapter_resident_bytes", model_name=OTHER, tier="device") == 12
+    assert read("adapter_load_seconds_count", model_name="a") == 2
+    assert read("adapter_load_seconds_sum", model_name="a") == pytest.approx(0.5)
+    assert read("adapter_load_failures_total", model_name=OTHER) == 1
+    # One asked for by name gets it; from then on its bytes are told under it.
+    metrics.model("b")
+    assert read("adapter_resident_bytes", model_name="b", tier="device") == 5
+    metrics.add_adapters(
+        [
+            AdapterStatus("b", 1, "host", host_bytes=6, load_seconds=0.1),
+            AdapterStatus("b", 1, "device", device_bytes=5, host_bytes=6, load_seconds=0.1),
+            AdapterStatus("b", 1, "unloaded"),
+            AdapterStatus("a", 2, "unloaded"),
+        ]
+    )
+    assert read("adapter_evictions_total", model_name="b", tier="device") == 2
+    assert read("adapter_evictions_total", model_name="b", tier="host") == 1
+    assert read("adapter_evictions_total", model_name="a", tier="host") == 1
+    assert read("adapter_resident_bytes", model_name="a", tier="host") == 30
+    # Moved between tiers, it was not loaded again.
+    assert read("adapter_load_seconds_count", model_name=OTHER) == 2
 
 
 def _use(metrics: Metrics, name: str) -> None:

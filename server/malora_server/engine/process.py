@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import zmq
+from torch import OutOfMemoryError
 from transformers.utils.logging import disable_progress_bar
 
 from malora_server.engine.config import EngineConfig
@@ -60,7 +61,7 @@ def run_engine(config: EngineConfig, folder: Path, log_level: str) -> None:
     link = _Link(receiver, sender)
     try:
         core = EngineCore(config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OutOfMemoryError) as error:
         link.send(Failed(_one_line(error)))
     else:
         link.send(core.ready)

@@ -162,8 +162,10 @@ def group_linears(model: PreTrainedModel, context: AdapterContext) -> list[Group
                 group = Group(layer_index, linears[0].in_features, sites, num_sites)
                 num_sites += len(sites)
                 module = LinearGroup(group, linears, context)
-                for i, name in enumerate(members):
+                for i, (name, linear) in enumerate(zip(members, linears, strict=True)):
                     setattr(parent, name, GroupedLinear(module, i))
+                    # At once, not when the linear is collected: torchao's hold themselves.
+                    del linear.weight
                 groups.append(group)
     return groups
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -84,12 +85,35 @@ def load_model(
         _check_fits(config, chosen, device, quantization is not None)
     if device.type != "cpu":
         options["device_map"] = device
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base, config=config, dtype=chosen, use_safetensors=True, trust_remote_code=False, **options
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base,
+            config=config,
+            dtype=chosen,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            output_loading_info=True,
+            **options,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the base model's weights are broken: {error}") from error
+    _check_complete(report)
     if quantised:
         check_dtype(model.dtype)
-    return model
+    return cast(PreTrainedModel, model)
+
+
+def _check_complete(report: dict[str, Any]) -> None:
+    """Raises ValueError for weights that were not there: transformers makes some up."""
+    for kind, what in (
+        ("missing_keys", "lack {}"),
+        ("mismatched_keys", "hold {} in shapes that its configuration does not say"),
+    ):
+        names = sorted(key if isinstance(key, str) else key[0] for key in report[kind])
+        if names:
+            more = f" and {len(names) - 1} more" * (len(names) > 1)
+            raise ValueError("the base model's files " + what.format(names[0] + more))
 
 
 def _refuse_pickles(base: str) -> None:

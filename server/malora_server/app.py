@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -32,6 +33,9 @@ from malora_server.logs import configure_logging
 from malora_server.metrics import Metrics
 from malora_server.settings import Settings, StartError, parse_settings
 
+if TYPE_CHECKING:
+    from malora_server.api.tracing import Tracing
+
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -47,7 +51,12 @@ class EngineFailedError(RuntimeError):
     """The engine failed while it served, and is not to be started again."""
 
 
-def create_app(settings: Settings, engine: EngineSupervisor, tokenizer: Tokenizer) -> FastAPI:
+def create_app(
+    settings: Settings,
+    engine: EngineSupervisor,
+    tokenizer: Tokenizer,
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """The ASGI application over a started engine; StartError where names clash."""
     metrics = Metrics(engine, settings.base_name, settings.max_metric_models)
     registry = ModelRegistry(settings.base_name, engine.ready.adapters)
@@ -74,7 +83,7 @@ def create_app(settings: Settings, engine: EngineSupervisor, tokenizer: Tokenize
     if keys or admin_keys:
         app.add_middleware(Authentication, keys=keys, admin_keys=admin_keys)
     # Added last, so it is the outermost: it sees every reply.
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics, tracing=tracing)
     return app
 
 
@@ -167,7 +176,29 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(settings: Settings, tokenizer: Tokenizer, listener: socket.socket) -> None:
+@contextlib.contextmanager
+def tracing_to(endpoint: str | None) -> Iterator[Tracing | None]:
+    """Sends traces to a collector, if there is one; StartError where what that takes is missing."""
+    if endpoint is None:
+        yield None
+        return
+    try:
+        from malora_server.api.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"--otlp-endpoint needs OpenTelemetry ({error.name} is not installed): "
+            "pip install 'malora[otel]'"
+        ) from None
+    tracing = Tracing(endpoint)
+    try:
+        yield tracing
+    finally:
+        tracing.stop()
+
+
+async def serve(
+    settings: Settings, tokenizer: Tokenizer, listener: socket.socket, tracing: Tracing | None
+) -> None:
     """Start the engine and serve until SIGTERM or SIGINT.
 
     Raises EngineStartError, StartError; EngineFailedError where it ends for want of an engine.
@@ -185,7 +216,7 @@ async def serve(settings: Settings, tokenizer: Tokenizer, listener: socket.socke
     )
     try:
         config = uvicorn.Config(
-            create_app(settings, engine, tokenizer),
+            create_app(settings, engine, tokenizer, tracing),
             loop="uvloop",
             http="httptools",
             ws="none",
@@ -227,12 +258,14 @@ def main(argv: list[str]) -> None:
         settings.admin_keys()  # and API keys: a bad one is told before the model is loaded
         configure_logging(settings.log_level)
         raise_file_limit()
-        tokenizer = Tokenizer.load(settings.base)
+        endpoint = settings.otlp_endpoint
         with (
+            tracing_to(None if endpoint is None else str(endpoint)) as tracing,
             listen(settings.host, settings.port) as listener,
             contextlib.suppress(asyncio.CancelledError),
         ):
-            uvloop.run(serve(settings, tokenizer, listener))
+            tokenizer = Tokenizer.load(settings.base)
+            uvloop.run(serve(settings, tokenizer, listener, tracing))
     except (StartError, EngineStartError, EngineFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, EngineFailedError) else 2)

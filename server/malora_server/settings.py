@@ -11,6 +11,7 @@ from pydantic import (
     DirectoryPath,
     Field,
     FilePath,
+    HttpUrl,
     PositiveInt,
     SecretStr,
     ValidationError,
@@ -117,6 +118,10 @@ class Settings(BaseSettings):
         ge=0,
         allow_inf_nan=False,
         description="Seconds that requests in flight have to finish after SIGTERM.",
+    )
+    otlp_endpoint: HttpUrl | None = Field(
+        None,
+        description="OpenTelemetry collector that traces go to, such as http://127.0.0.1:4318.",
     )
     max_metric_models: int = Field(
         100,

@@ -1,33 +1,63 @@
 """A server as users start it, watched by a real Prometheus and a small collector of traces."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from malora.base_model import PATH as BASE
 from tests.end_to_end.conftest import (  # noqa: F401  the fixtures and the hook of those tests
+    Server,
     adapters,
     launch,
     pytest_runtest_makereport,
     serve,
 )
+from tests.observability.collector import Collector
 
 DOCKER = Path(__file__).parents[2] / "docker"
 
 
 @pytest.fixture(scope="session")
-def url(
-    serve: Callable[..., AbstractContextManager[str]],  # noqa: F811
+def collector() -> Iterator[Collector]:
+    """What the server sends its traces to."""
+    collector = Collector()
+    yield collector
+    collector.stop()
+
+
+@pytest.fixture(scope="session")
+def watched(
+    launch: Callable[..., Server],  # noqa: F811
     adapters: Path,  # noqa: F811
-) -> Iterator[str]:
+    collector: Collector,
+) -> Iterator[Server]:
     """The server that is watched: the embedded base and a few adapters."""
     flags = ("--base", BASE, "--served-model-name", "base", "--adapters", adapters)
-    with serve(*flags, "--kv-cache-memory", "64MiB") as url:
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds between batches of spans
+        server = launch(*flags, "--kv-cache-memory", "64MiB", "--otlp-endpoint", collector.url)
+    yield server
+    assert server.stop() == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def url(watched: Server) -> str:
+    """Where it listens."""
+    return watched.url
+
+
+@pytest.fixture(scope="session")
+def log_lines(watched: Server) -> Callable[[], list[dict[str, Any]]]:
+    """What it has logged, a dict a line; a library's own words are no line of ours."""
+    return lambda: [
+        json.loads(line) for line in watched.log.read_text().splitlines() if line[0] == "{"
+    ]
 
 
 @pytest.fixture(scope="session")

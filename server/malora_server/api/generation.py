@@ -238,6 +238,9 @@ class Generation:
             )
         ]
         record.model = model.name
+        record.sampling = prompts[0][1]
+        record.num_choices = self._num_choices
+        record.stream = bool(body.stream)
         record.generation = model.fingerprint
         record.prompt_tokens = self._num_prompt_tokens
 
@@ -271,7 +274,9 @@ class Generation:
         if started:
             first = min(started, key=lambda choice: choice.time_to_first_token or 0.0)
             record.time_to_first_token = first.time_to_first_token
-            record.queue_time = first.start.queue_seconds if first.start else None
+            if first.start is not None:
+                record.queue_time = first.start.queue_seconds
+                record.prefill_time = first.start.prefill_seconds
         self._metrics.request_finished(
             self._num_choices,
             self.choices[0].submit.sampling.max_tokens,

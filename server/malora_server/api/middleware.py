@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections import deque
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,6 +15,9 @@ from malora_server.api.errors import ApiError, internal_error
 from malora_server.api.state import RequestRecord
 from malora_server.api.streaming import CLIENT_CLOSED_REQUEST
 from malora_server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from malora_server.api.tracing import Tracing
 
 logger = logging.getLogger("malora_server.requests")
 
@@ -24,18 +28,24 @@ _PROBES = frozenset({"/health", "/metrics"})
 
 
 class RequestContext:
-    """Gives a request its id, answers what nobody caught, and logs and counts it at its end."""
+    """Gives a request its id and its span, answers what nobody caught, logs and counts its end."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection (ASGI)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(_request_id(Headers(scope=scope)))
+        headers = Headers(scope=scope)
+        record = RequestRecord(_request_id(headers))
+        span = None
+        if self._tracing is not None and scope["path"] not in _PROBES:
+            span = self._tracing.start(headers)
+            record.trace_id = f"{span.get_span_context().trace_id:032x}"
         scope.setdefault("state", {})["record"] = record
         started = time.perf_counter()
         status: int | None = None
@@ -61,6 +71,8 @@ class RequestContext:
                 status = CLIENT_CLOSED_REQUEST
             path = getattr(scope.get("route"), "path", None)
             self._metrics.http_request(scope["method"], path, status)
+            if self._tracing is not None and span is not None:
+                self._tracing.end(span, scope["method"], path, status, record)
             _log(scope, record, status, time.perf_counter() - started)
 
 
@@ -74,6 +86,7 @@ def _request_id(headers: Headers) -> str:
 def _log(scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
     fields = {
         "request_id": record.request_id,
+        "trace_id": record.trace_id,
         "method": scope["method"],
         "path": scope["path"],
         "status": status,

@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from malora_server.api.errors import ApiError
 from malora_server.api.registry import ModelRegistry
 from malora_server.api.tokenizer import Tokenizer
+from malora_server.engine.messages import SamplingParams
 from malora_server.metrics import Metrics
 from malora_server.settings import Settings
 
@@ -66,9 +67,15 @@ class RequestRecord:
     """The client's own, where it sent one."""
     engine_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Ours, unique among all requests in flight."""
+    trace_id: str | None = None
+    """In hexadecimal, where the server sends traces."""
     received: float = 0.0
     """When the whole of it was here, in `time.perf_counter`'s seconds: latencies start there."""
     model: str | None = None
+    sampling: SamplingParams | None = None
+    """Of the first choice."""
+    num_choices: int = 1
+    stream: bool = False
     generation: str | None = None
     """The generation of the model's adapter, as the reply's `system_fingerprint` names it."""
     prompt_tokens: int | None = None
@@ -77,7 +84,8 @@ class RequestRecord:
     time_to_first_token: float | None = None
     """Seconds, of the first choice that had one."""
     queue_time: float | None = None
-    """Seconds, of the same choice."""
+    prefill_time: float | None = None
+    """Seconds, both of the same choice."""
     finish_reasons: list[str] | None = None
     """By choice: one that failed has error, one whose client left abort."""
     disconnected: bool = False

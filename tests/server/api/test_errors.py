@@ -343,6 +343,7 @@ async def test_one_log_line_a_request(
     assert fields.pop("prompt_tokens") > fields.pop("cached_tokens") > 0
     assert fields == {
         "request_id": "mine",
+        "trace_id": None,
         "method": "POST",
         "path": COMPLETIONS,
         "status": 200,

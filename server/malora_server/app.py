@@ -11,8 +11,9 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 import uvloop
@@ -20,12 +21,14 @@ from fastapi import FastAPI
 from pydantic import ByteSize
 
 from malora_server.api import chat, completions, models, system, tokenize
+from malora_server.api.admission import Admission, KeyLimit
 from malora_server.api.auth import Authentication
 from malora_server.api.errors import install_error_handlers
 from malora_server.api.middleware import BodyLimit, RequestContext
 from malora_server.api.registry import ModelRegistry
-from malora_server.api.state import Admission, ServerState
+from malora_server.api.state import ServerState
 from malora_server.api.tokenizer import Tokenizer
+from malora_server.connections import Connection
 from malora_server.engine.client import EngineClient, EngineStartError
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.supervisor import EngineSupervisor
@@ -73,15 +76,23 @@ def create_app(
         tokenizer=tokenizer,
         registry=registry,
         metrics=metrics,
-        admission=Admission(engine, settings.max_num_seqs, settings.max_queued_requests),
+        admission=Admission(engine, settings),
     )
     install_error_handlers(app)
     for module in (completions, chat, models, tokenize, system):
         app.include_router(module.router)
-    app.add_middleware(BodyLimit)
+    seconds = settings.client_timeout
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_size, seconds=seconds)
     keys, admin_keys = settings.api_keys(), settings.admin_keys()
     if keys or admin_keys:
-        app.add_middleware(Authentication, keys=keys, admin_keys=admin_keys)
+        limit = settings.max_requests_per_key
+        app.add_middleware(
+            Authentication,
+            keys=keys,
+            admin_keys=admin_keys,
+            limit=None if limit is None else KeyLimit(limit),
+            seconds=seconds,
+        )
     # Added last, so it is the outermost: it sees every reply.
     app.add_middleware(RequestContext, metrics=metrics, tracing=tracing)
     return app
@@ -109,6 +120,25 @@ def engine_config(settings: Settings) -> EngineConfig:
 
 def _bytes(size: ByteSize | None) -> int | None:
     return None if size is None else int(size)
+
+
+def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How the application is served over HTTP."""
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        # uvicorn calls it as it would a class of its own.
+        http=cast(
+            type[asyncio.Protocol],
+            partial(Connection, client_timeout=settings.client_timeout),
+        ),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+    )
 
 
 class DrainingServer(uvicorn.Server):
@@ -215,17 +245,8 @@ async def serve(
         restart=settings.restart,
     )
     try:
-        config = uvicorn.Config(
-            create_app(settings, engine, tokenizer, tracing),
-            loop="uvloop",
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        )
+        app = create_app(settings, engine, tokenizer, tracing)
+        config = http_config(app, settings)
         server = DrainingServer(config, engine, settings.shutdown_timeout)
     except BaseException:
         await engine.stop(0)

@@ -96,6 +96,33 @@ class Settings(BaseSettings):
     max_queued_requests: PositiveInt = Field(
         1024, description="Most sequences that wait for a place; further requests get a 429."
     )
+    max_queued_tokens: PositiveInt = Field(
+        2**20,
+        description="Most tokens of prompts that wait for their first token; further requests get "
+        "a 429.",
+    )
+    max_requests_per_key: PositiveInt | None = Field(
+        None, description="Most requests of one API key in flight; further ones get a 429."
+    )
+    max_body_size: ByteSize = Field(ByteSize(8 * 2**20), gt=0, description="Largest request body.")
+    max_prompt_tokens: PositiveInt | None = Field(
+        None, description="Most tokens of one prompt; left out, what the context holds."
+    )
+    max_output_tokens: PositiveInt | None = Field(
+        None, description="Most tokens of one choice's reply; left out, what the context holds."
+    )
+    max_choices: PositiveInt = Field(
+        128, description="Most choices of one request, n times its prompts."
+    )
+    max_stops: int = Field(16, ge=0, description="Most stop strings, and most stop tokens.")
+    max_stop_length: PositiveInt = Field(1024, description="Longest stop string, in characters.")
+    max_logit_biases: int = Field(1024, ge=0, description="Most tokens in a logit_bias.")
+    client_timeout: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a client has to send a request, and to go on reading a reply.",
+    )
     api_key: SecretStr | None = Field(
         None, description="Key that clients must send; better set as MALORA_API_KEY, unseen by ps."
     )

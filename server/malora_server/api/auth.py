@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Collection
+from contextlib import ExitStack
 from hashlib import sha256
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from malora_server.api.admission import KeyLimit
 from malora_server.api.errors import ApiError
 from malora_server.api.middleware import drop_body
 
@@ -26,11 +28,21 @@ class Authentication:
     change adapters.
     """
 
-    def __init__(self, app: ASGIApp, keys: Collection[str], admin_keys: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Collection[str],
+        admin_keys: Collection[str],
+        limit: KeyLimit | None,
+        seconds: float,
+    ) -> None:
+        """`limit`: of each API key's requests. `seconds`: for the body of a refused request."""
         self._app = app
         # Hashes are of one length, which a comparison in constant time needs, and tell nothing.
         self._hashes = [sha256(key.encode()).digest() for key in keys]
         self._admin_hashes = [sha256(key.encode()).digest() for key in admin_keys]
+        self._limit = limit
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection (ASGI)."""
@@ -38,29 +50,33 @@ class Authentication:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        error = self._refusal(headers, admin=_changes_adapters(scope))
-        if error is None:
+        with ExitStack() as stack:
+            try:
+                key = self._authenticate(headers, admin=_changes_adapters(scope))
+                if key is not None and self._limit is not None:
+                    stack.enter_context(self._limit.hold(key))
+            except ApiError as error:
+                reply = error.response()
+                if not await drop_body(receive, headers, self._seconds):
+                    reply.headers["Connection"] = "close"
+                await reply(scope, receive, send)
+                return
             await self._app(scope, receive, send)
-            return
-        complete = await drop_body(receive, headers)
-        reply = error.response()
-        if not complete:
-            reply.headers["Connection"] = "close"
-        await reply(scope, receive, send)
 
-    def _refusal(self, headers: Headers, *, admin: bool) -> ApiError | None:
+    def _authenticate(self, headers: Headers, *, admin: bool) -> bytes | None:
+        """The hash of the API key it came with, or None for another; ApiError where it may not."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = sha256(key.strip().encode()).digest() if scheme.lower() == "bearer" else b""
         known = _is_among(given, self._hashes)
         if _is_among(given, self._admin_hashes) or (not admin and (known or not self._hashes)):
-            return None
+            return given if known else None
         if not known:
-            return ApiError(
+            raise ApiError(
                 401,
                 "This server asks for an API key: send it as 'Authorization: Bearer KEY'.",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return ApiError(
+        raise ApiError(
             403,
             "Only the admin key may change adapters; this is an API key."
             if self._admin_hashes

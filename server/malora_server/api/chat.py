@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from malora_server.api.details import chat_logprobs, routing_entries
 from malora_server.api.errors import invalid
 from malora_server.api.generation import Delta, Generation
+from malora_server.api.limits import check_limits
 from malora_server.api.protocol import ChatCompletionRequest
 from malora_server.api.sampling import TokenLimits, check_logprobs, sampling_params
 from malora_server.api.state import Record, Server
@@ -110,11 +111,13 @@ async def chat_completions(
 ) -> Response:
     """Continue a conversation."""
     model = server.registry.resolve(body.model)
+    record.model = model.name
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs: true.")
     check_logprobs(server, "top_logprobs", body.top_logprobs)
     if body.max_tokens == 0:
         raise invalid("max_tokens", "max_tokens must be at least 1.")
+    check_limits(server, body, num_prompts=1)
     prompt = server.tokenizer.render_chat(body.messages)
     add = bool(body.add_special_tokens)
     token_ids = await server.tokenizer.encode(prompt, add_special_tokens=add)
@@ -127,7 +130,7 @@ async def chat_completions(
     params = sampling_params(
         server,
         body,
-        max_tokens=limits.resolve(len(token_ids), server.engine.ready.max_model_len),
+        max_tokens=limits.resolve(len(token_ids), server),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     generation = Generation(server, record, model, body, [(token_ids, params)])

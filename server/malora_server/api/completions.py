@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from malora_server.api.details import CompletionLogprobs, routing_entries
 from malora_server.api.errors import invalid
 from malora_server.api.generation import Delta, Generation
+from malora_server.api.limits import check_limits
 from malora_server.api.protocol import CompletionRequest
 from malora_server.api.sampling import (
     DEFAULT_COMPLETION_TOKENS,
@@ -125,17 +126,19 @@ async def completions(
 ) -> Response:
     """Continue prompts."""
     model = server.registry.resolve(body.model)
+    record.model = model.name
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise invalid("best_of", "best_of must equal n: every choice is returned.")
     check_logprobs(server, "logprobs", body.logprobs)
     prompt_only = body.max_tokens == 0
     if prompt_only and not body.echo:
         raise invalid("max_tokens", "max_tokens 0 makes sense with echo alone.")
-    prompts = await _prompts(server, body)
+    given = _given_prompts(body)
+    check_limits(server, body, num_prompts=len(given))
+    prompts = await _tokenised(server, body, given)
     # The engine makes one token at least; a request for none has it dropped.
     requested = 1 if prompt_only else body.max_tokens
     limits = TokenLimits(requested, DEFAULT_COMPLETION_TOKENS)
-    max_model_len = server.engine.ready.max_model_len
     generation = Generation(
         server,
         record,
@@ -147,7 +150,7 @@ async def completions(
                 sampling_params(
                     server,
                     body,
-                    max_tokens=limits.resolve(len(token_ids), max_model_len),
+                    max_tokens=limits.resolve(len(token_ids), server),
                     logprobs=body.logprobs,
                     prompt_logprobs=body.logprobs if body.echo else None,
                 ),
@@ -167,8 +170,7 @@ async def completions(
     return Response(writer.reply(collected), media_type="application/json")
 
 
-async def _prompts(server: ServerState, body: CompletionRequest) -> list[tuple[str, list[int]]]:
-    """Each prompt's text (where it is needed) and token ids."""
+def _given_prompts(body: CompletionRequest) -> list[str | list[int]]:
     given: list[Any] = (
         [body.prompt]
         if isinstance(body.prompt, str) or (body.prompt and isinstance(body.prompt[0], int))
@@ -176,6 +178,13 @@ async def _prompts(server: ServerState, body: CompletionRequest) -> list[tuple[s
     )
     if not given or not all(given):
         raise invalid("prompt", "The prompt is empty.")
+    return given
+
+
+async def _tokenised(
+    server: ServerState, body: CompletionRequest, given: Sequence[str | list[int]]
+) -> list[tuple[str, list[int]]]:
+    """Each prompt's text (where it is needed) and token ids."""
     prompts = []
     for prompt in given:
         if isinstance(prompt, str):

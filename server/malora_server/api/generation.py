@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from malora_server.api.admission import Place
 from malora_server.api.errors import ApiError, engine_dead
 from malora_server.api.protocol import GenerationRequest
 from malora_server.api.registry import ServedModel
@@ -78,7 +79,7 @@ class Choice:
         self._prompt_only = prompt_only
         self._wants_logprobs = submit.sampling.logprobs is not None
 
-    async def run(self, server: ServerState) -> AsyncGenerator[Delta]:
+    async def run(self, server: ServerState, place: Place) -> AsyncGenerator[Delta]:
         """The choice's deltas; the last one has a finish reason. ApiError where it fails."""
         metrics = self._metrics
         first = last = time.perf_counter()
@@ -89,6 +90,7 @@ class Choice:
                     now = time.perf_counter()
                     if self.time_to_first_token is None:
                         first = now
+                        place.started()
                         self._started(output, now - self._received)
                     else:
                         metrics.inter_token_latency.observe(now - last)
@@ -237,7 +239,6 @@ class Generation:
                 for nth in range(self._num_choices)
             )
         ]
-        record.model = model.name
         record.sampling = prompts[0][1]
         record.num_choices = self._num_choices
         record.stream = bool(body.stream)
@@ -250,13 +251,14 @@ class Generation:
         Leaving early ends every sequence in the engine.
         """
         try:
-            with self._server.admission.admit(len(self.choices)):
+            prompt_lengths = [len(choice.submit.prompt_token_ids) for choice in self.choices]
+            with self._server.admission.admit(prompt_lengths) as places:
                 if len(self.choices) == 1:
-                    async with aclosing(self.choices[0].run(self._server)) as deltas:
+                    async with aclosing(self.choices[0].run(self._server, places[0])) as deltas:
                         async for delta in deltas:
                             yield [delta]
                 else:
-                    async with aclosing(self._merged()) as batches:
+                    async with aclosing(self._merged(places)) as batches:
                         async for batch in batches:
                             yield batch
         finally:
@@ -283,19 +285,21 @@ class Generation:
             max(choice.num_generated for choice in self.choices),
         )
 
-    async def _merged(self) -> AsyncGenerator[list[Delta]]:
+    async def _merged(self, places: list[Place]) -> AsyncGenerator[list[Delta]]:
         queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
 
-        async def pump(choice: Choice) -> None:
+        async def pump(choice: Choice, place: Place) -> None:
             try:
-                async for delta in choice.run(self._server):
+                async for delta in choice.run(self._server, place):
                     queue.put_nowait(delta)
             except Exception as error:
                 queue.put_nowait(error)
             else:
                 queue.put_nowait(None)
 
-        tasks = [asyncio.create_task(pump(choice)) for choice in self.choices]
+        tasks = [
+            asyncio.create_task(pump(*both)) for both in zip(self.choices, places, strict=True)
+        ]
         unfinished = len(tasks)
         try:
             while unfinished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("malora_server.requests")
 
-MAX_BODY_BYTES = 8 * 2**20
 _MAX_DROPPED_BYTES = 64 * 2**20
 _MAX_ID_LENGTH = 128
 _PROBES = frozenset({"/health", "/metrics"})
@@ -108,53 +108,41 @@ def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 4)
 
 
-async def drop_body(receive: Receive, headers: Headers) -> bool:
-    """Read the rest of a body that nobody wants; False where it is too much, or never sent.
+async def drop_body(receive: Receive, headers: Headers, seconds: float) -> bool:
+    """Read the rest of a body that nobody wants; False where it is too much, too slow or not sent.
 
     Closing on a client that is still sending resets its connection, and it never sees the reply;
     so the rest is read, unless the client waits to be asked for it.
     """
     size = 0
     more = True
-    while more and size <= _MAX_DROPPED_BYTES and "expect" not in headers:
-        message = await receive()
-        size += len(message.get("body", b""))
-        more = message.get("more_body", False)
+    try:
+        async with asyncio.timeout(seconds):
+            while more and size <= _MAX_DROPPED_BYTES and "expect" not in headers:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
+    except TimeoutError:
+        return False
     return not more
 
 
 class BodyLimit:
-    """Reads a request's body up to a limit, and refuses one that exceeds it."""
+    """Reads a request's body; refuses one that exceeds `max_bytes`, or takes over `seconds`."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection (ASGI)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        declared = headers.get("content-length", "")
-        too_large = declared.isdecimal() and int(declared) > self._max_bytes
-        more = True
-        read: deque[Message] = deque()
-        size = 0
-        while more and not too_large:
-            message = await receive()
-            read.append(message)
-            size += len(message.get("body", b""))
-            too_large = size > self._max_bytes
-            more = message.get("more_body", False)
-        if too_large:
-            read.clear()
-            complete = not more or await drop_body(receive, headers)
-            error = ApiError(
-                413,
-                f"The body exceeds {self._max_bytes} bytes.",
-                headers=None if complete else {"Connection": "close"},
-            )
+        try:
+            read = await self._read(receive, Headers(scope=scope))
+        except ApiError as error:
             await error.response()(scope, receive, send)
             return
 
@@ -162,3 +150,33 @@ class BodyLimit:
             return read.popleft() if read else await receive()
 
         await self._app(scope, replay, send)
+
+    async def _read(self, receive: Receive, headers: Headers) -> deque[Message]:
+        declared = headers.get("content-length", "")
+        too_large = declared.isdecimal() and int(declared) > self._max_bytes
+        more = True
+        read: deque[Message] = deque()
+        size = 0
+        try:
+            async with asyncio.timeout(self._seconds):
+                while more and not too_large:
+                    message = await receive()
+                    read.append(message)
+                    size += len(message.get("body", b""))
+                    too_large = size > self._max_bytes
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"The body did not come within {self._seconds:g} seconds.",
+                headers={"Connection": "close"},
+            ) from None
+        if too_large:
+            read.clear()
+            complete = not more or await drop_body(receive, headers, self._seconds)
+            raise ApiError(
+                413,
+                f"The body exceeds {self._max_bytes} bytes.",
+                headers=None if complete else {"Connection": "close"},
+            )
+        return read

@@ -7,9 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-MAX_CHOICES = 128
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1024
 _INT64 = 2**63
 
 
@@ -26,7 +23,7 @@ TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Text = Annotated[str, AfterValidator(_whole_characters)]
 Texts = Annotated[list[Text], Field(fail_fast=True)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopString = Annotated[str, Field(min_length=1)]
 
 
 def _token_keys(value: Any) -> Any:
@@ -73,14 +70,14 @@ class GenerationRequest(Strict):
     max_tokens: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     min_tokens: int | None = Field(None, ge=0)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    n: int | None = Field(None, ge=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     response_format: ResponseFormat | None = None
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     skip_special_tokens: bool | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: StopString | list[StopString] | None = None
     stop_token_ids: TokenIds | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -18,15 +18,36 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 @dataclass(frozen=True)
 class TokenLimits:
-    """How many tokens were asked for: `requested` None means `default`, clamped to the context."""
+    """How many tokens were asked for: `requested` None means `default`, clamped to the limits."""
 
     requested: int | None
     default: int | None
-    """None: all that the context has room for."""
+    """None: all that there is room for."""
     param: str = "max_tokens"
 
-    def resolve(self, prompt_length: int, max_model_len: int) -> int:
-        """Tokens to generate after a prompt; ApiError where the context is too short."""
+    def resolve(self, prompt_length: int, server: ServerState) -> int:
+        """Tokens to generate after a prompt; ApiError over a setting's limit, or the context's."""
+        max_prompt_tokens = server.settings.max_prompt_tokens
+        max_output_tokens = server.settings.max_output_tokens
+        if max_prompt_tokens is not None and prompt_length > max_prompt_tokens:
+            raise ApiError(
+                400,
+                f"The prompt has {prompt_length} tokens; this server takes at most "
+                f"{max_prompt_tokens}.",
+                code="prompt_too_long",
+            )
+        if (
+            max_output_tokens is not None
+            and self.requested is not None
+            and self.requested > max_output_tokens
+        ):
+            raise invalid(
+                self.param,
+                f"{self.param} is {self.requested}; this server generates at most "
+                f"{max_output_tokens}.",
+                "max_tokens_too_large",
+            )
+        max_model_len = server.engine.ready.max_model_len
         room = max_model_len - prompt_length
         if room < 1:
             raise _too_long(
@@ -42,7 +63,7 @@ class TokenLimits:
                     self.param,
                 )
             return self.requested
-        return room if self.default is None else min(self.default, room)
+        return min(limit for limit in (room, self.default, max_output_tokens) if limit is not None)
 
 
 def _too_long(message: str, param: str | None) -> ApiError:

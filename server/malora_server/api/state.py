@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
-from malora_server.api.errors import ApiError
+from malora_server.api.admission import Admission
 from malora_server.api.registry import ModelRegistry
 from malora_server.api.tokenizer import Tokenizer
 from malora_server.engine.messages import SamplingParams
@@ -20,43 +18,6 @@ from malora_server.settings import Settings
 
 if TYPE_CHECKING:
     from malora_server.engine.supervisor import EngineSupervisor
-
-_RETRY_AFTER_SECONDS = 1
-
-
-class Admission:
-    """Bounds how many sequences may wait in the engine."""
-
-    def __init__(self, engine: EngineSupervisor, max_running: int, max_queued: int) -> None:
-        self._engine = engine
-        self._max_running = max_running
-        self._max_queued = max_queued
-        self._in_flight = 0
-
-    @contextmanager
-    def admit(self, count: int) -> Iterator[None]:
-        """Hold places for `count` sequences; ApiError 429 where too many wait already."""
-        if count > self._max_running + self._max_queued:
-            raise ApiError(
-                400,
-                f"The request asks for {count} sequences; this server never holds more than "
-                f"{self._max_running + self._max_queued}.",
-                code="too_many_sequences",
-            )
-        # The engine's own figure is a step old, ours doesn't know how many find memory to run.
-        ours = self._in_flight + count - self._max_running
-        engines = self._engine.stats.num_requests_waiting + 1
-        if max(ours, engines) > self._max_queued:
-            raise ApiError(
-                429,
-                "Too many requests are waiting; try again shortly.",
-                headers={"Retry-After": str(_RETRY_AFTER_SECONDS)},
-            )
-        self._in_flight += count
-        try:
-            yield
-        finally:
-            self._in_flight -= count
 
 
 @dataclass
@@ -103,12 +64,13 @@ class ServerState:
     admission: Admission
 
 
-def _server_state(request: Request) -> ServerState:
+# Coroutines, as FastAPI runs what is none in a thread.
+async def _server_state(request: Request) -> ServerState:
     state: ServerState = request.app.state.server
     return state
 
 
-def _record(request: Request) -> RequestRecord:
+async def _record(request: Request) -> RequestRecord:
     record: RequestRecord = request.state.record
     record.received = time.perf_counter()
     return record

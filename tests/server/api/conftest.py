@@ -203,8 +203,11 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @contextmanager
-def running(server: uvicorn.Server) -> Iterator[str]:
+def running(server: uvicorn.Server, send_buffer: int | None = None) -> Iterator[str]:
+    """`send_buffer`: bytes that the system holds of what a client has not read."""
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
@@ -224,5 +227,5 @@ def url(app: FastAPI) -> Iterator[str]:
 
 
 @pytest.fixture
-def run_server() -> Callable[[uvicorn.Server], object]:
+def run_server() -> Callable[..., object]:
     return running

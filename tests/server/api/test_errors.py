@@ -11,10 +11,11 @@ import pytest
 from fastapi import FastAPI
 
 from malora_server.api.errors import ApiError
-from malora_server.api.middleware import MAX_BODY_BYTES
 from malora_server.engine.messages import EngineStats, SequenceOutput
 from malora_server.logs import JsonFormatter
+from malora_server.settings import Settings
 
+MAX_BODY_BYTES = Settings(base="x").max_body_size
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "tiny", "prompt": "hello"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
@@ -40,7 +41,7 @@ from malora_server.engine.monitor import Monitor, RoutedChunks
 from malora_server.engine.penalties import is_penalised
 from malora_server.engine.sampler import Sampled, Sampler, prompt_logprobs
 from malora_server.engine.scheduler import Chunk, Scheduler
-from malora_server.engine.sequence import Sequence
+from malora_server.engine.sequence import Sequence, Status
 from malora_server.model.attention import cache_bytes_per_block
 from malora_server.model.loader import (
     LoadedModel,
@@ -220,6 +221,7 @@ class EngineCore:
         self._sampler = Sampler()
         self._requests: dict[str, _Request] = {}
         self._in_flight: _InFlight | None = None
+        self._suspects: deque[Chunk] = deque()
         self._monitor = Monitor(samples_decodes=device.type == "cpu")
         self._pipelined = device.type == "cuda" if pipelined is None else pipelined
         self._arrivals = count()
@@ -289,7 +291,7 @@ class EngineCore:
         outputs: list[SequenceOutput] = []
         if self._in_flight is not None and self._in_flight.settles_first:
             outputs += self._settle()
-        chunks = self._scheduler.schedule()
+        chunks = self._next_suspect() or self._scheduler.schedule()
         launched = self._launch(chunks, outputs) if chunks else None
         outputs += self._settle()
         self._in_flight = launched
@@ -297,19 +299,42 @@ class EngineCore:
             outputs += self._settle()
         return Outputs(outputs, self.stats())
 
+    def _next_suspect(self) -> list[Chunk]:
+        while self._suspects:
+            chunk = self._suspects.popleft()
+            if chunk.seq.status is Status.RUNNING:
+                return [chunk]
+        return []
+
     def _fail(self, chunks: list[Chunk]) -> list[SequenceOutput]:
         # Whatever broke, it broke these sequences alone: they end, the engine goes on.
         logger.exception("a step of %d sequences failed", len(chunks))
+        self._check_device()
         ids = [i for i in (chunk.seq.request_id for chunk in chunks) if i in self._requests]
         self.abort(ids)
         return [_failure(i, "the engine failed on this request; see its log") for i in ids]
 
+    def _check_device(self) -> None:
+        """Raise where the device is lost to this process, so that another one takes its place."""
+        if self._loaded.device.type == "cuda":
+            torch.cuda.synchronize(self._loaded.device)
+
     def _launch(self, chunks: list[Chunk], outputs: list[SequenceOutput]) -> _InFlight | None:
-        """Queue a step's work on the device; failures go to `outputs`."""
+        """Queue a step's work on the device; failures go to `outputs`.
+
+        Where several sequences fail together, each is tried again alone before anything else runs:
+        nothing of the step counts yet, and only what fails alone is to blame. Too large a step for
+        the memory there is harms nobody then.
+        """
         try:
             return self._run(chunks)
         except Exception:
-            outputs += self._fail(chunks)
+            if len(chunks) == 1:
+                outputs += self._fail(chunks)
+            else:
+                logger.exception("a step of %d sequences failed: each is run alone", len(chunks))
+                self._check_device()
+                self._suspects.extend(chunks)
             return None
         finally:
             self._steps += 1

@@ -8,7 +8,8 @@ not depend on the batch. Compiled by numba on first use, and kept in its cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 from malora.kernels.batched import Routing, Run
 from malora.kernels.long_runs import LongRuns, long_runs
 from malora.kernels.resident import FIELDS, Group
+
+logger = logging.getLogger(__name__)
 
 # The threads that torch computes with too, where both load the same OpenMP: a second pool would
 # spin against the first.
@@ -37,6 +40,18 @@ _NUM_EXPERTS, _TOP_K, _RANK, _BASIS_DIM = (FIELDS.index(f) for f in FIELDS[4:8])
 _STRIDE, _ROUTER_READS_BASIS = (FIELDS.index(f) for f in FIELDS[8:])
 
 
+def _kernel(**options: bool) -> Callable[[Callable[..., Any]], Any]:
+    """Compiled by numba at its first call, and kept in its cache where that has a place."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(function, fastmath=_REORDER, cache=True, **options)
+        except RuntimeError:  # no folder that it may write to
+            return njit(function, fastmath=_REORDER, **options)
+
+    return decorate
+
+
 @intrinsic
 def _pointer(typing_context: Any, address: Any, like: Any) -> Any:  # noqa: ARG001
     """A pointer to elements of the array `like`'s type."""
@@ -47,7 +62,7 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:  # noqa: ARG0
     return types.CPointer(like.dtype)(address, like), cast
 
 
-@njit(fastmath=_REORDER, cache=True)
+@_kernel()
 def _dots(out, rows, x):  # type: ignore[no-untyped-def]
     """out[i] = rows[i] · x."""
     for i in range(0, rows.shape[0] - 1, 2):
@@ -65,7 +80,7 @@ def _dots(out, rows, x):  # type: ignore[no-untyped-def]
         out[rows.shape[0] - 1] = a
 
 
-@njit(fastmath=_REORDER, cache=True)
+@_kernel()
 def _add_rows(out, rows, weights):  # type: ignore[no-untyped-def]
     """out += Σ weights[i] · rows[i]; four rows at a time, so that `out` is read less often."""
     fours = rows.shape[0] // 4 * 4
@@ -80,7 +95,7 @@ def _add_rows(out, rows, weights):  # type: ignore[no-untyped-def]
             out[column] += weight * row[column]
 
 
-@njit(fastmath=_REORDER, cache=True)
+@_kernel()
 def _route(site, z, x, taken):  # type: ignore[no-untyped-def]
     """The experts that a token takes and their gates; `taken` (N or more,) adds the gates up.
 
@@ -107,7 +122,7 @@ def _route(site, z, x, taken):  # type: ignore[no-untyped-def]
     return experts, gates
 
 
-@njit(fastmath=_REORDER, cache=True)
+@_kernel()
 def _add_site(out, x, site, taken):  # type: ignore[no-untyped-def]
     """Add one adapted linear's delta for one token: out (m,), x (n,)."""
     count, r, d = site[_NUM_EXPERTS], site[_RANK], site[_BASIS_DIM]
@@ -130,7 +145,7 @@ def _add_site(out, x, site, taken):  # type: ignore[no-untyped-def]
         _add_rows(out, up[expert], coordinates)
 
 
-@njit(fastmath=_REORDER, cache=True, parallel=True, nogil=True)
+@_kernel(parallel=True, nogil=True)
 def _add_tokens(out, x, tokens, headers, first_site, columns, taken, layer, workers):  # type: ignore[no-untyped-def]
     for worker in prange(workers):
         for i in range(worker, tokens.shape[0], workers):
@@ -149,6 +164,9 @@ def _add_tokens(out, x, tokens, headers, first_site, columns, taken, layer, work
 
 _NOT_TAKEN = np.empty((1, 1, 0), np.float32)
 """For `_add_tokens`, where nobody asked which experts tokens took."""
+
+_MAX_ATTEMPTS = 8
+"""More than there are kernels."""
 
 DENSE_TOKENS = 64
 """A run of this many tokens of one adapter, times the experts for each that a token takes, is
@@ -215,4 +233,13 @@ def _columns(group: Group) -> NDArray[np.int64]:
 def compile_kernels() -> None:
     """Compile for float32, or read it from numba's cache, before the first request needs it."""
     x, none = np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
-    _add_tokens(x, x, none, none, 0, np.zeros((0, 2), np.int64), _NOT_TAKEN, 0, 1)
+    for attempts_left in reversed(range(_MAX_ATTEMPTS)):
+        try:
+            _add_tokens(x, x, none, none, 0, np.zeros((0, 2), np.int64), _NOT_TAKEN, 0, 1)
+        except OSError as error:
+            # A full disk, for one. What was compiled is there all the same, for the next attempt.
+            if not attempts_left:
+                raise
+            logger.warning("numba cannot keep a compiled kernel: %s", error.strerror)
+        else:
+            return

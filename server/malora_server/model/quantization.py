@@ -22,6 +22,8 @@ Quantization = Literal["fp8", "int8"]
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_GPUS = "an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper)"
 LARGEST = torch.finfo(FLOAT8).max
+CPU_HAS_PRODUCT = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU")
+"""torch 2.11 multiplies float8 rows on GPUs alone."""
 SMALLEST_ROW = 1e-12
 """What a row of activations is taken to reach at least: a row of zeros has no scale."""
 
@@ -161,6 +163,9 @@ class Float8Weight:
 
     def product(self, x: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """(…, m) of what `quantise_rows` made of activations (…, n)."""
+        if not (x.is_cuda or CPU_HAS_PRODUCT):
+            weight = self.values.to(dtype) * self.scales.to(dtype)
+            return F.linear(x.to(dtype) * scales.to(dtype), weight, bias)
         out = F.scaled_mm(
             x.view(-1, x.shape[-1]),
             self.values.t(),

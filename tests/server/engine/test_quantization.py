@@ -203,8 +203,12 @@ def test_compiled_layers_quantise_before_the_product_and_are_compiled_once(fp8, 
     assert code.count("float8_e4m3fn") == code.count("grouped_linear") == 4
 
 
+@pytest.mark.parametrize("has_product", [True, False])
 @pytest.mark.parametrize("shape", [(1, 64), (17, 64), (1, 3, 64)])
-def test_the_fp8_product_equals_float64(shape):
+def test_the_fp8_product_equals_float64(shape, has_product, monkeypatch):
+    if has_product and not quantization.CPU_HAS_PRODUCT:
+        pytest.skip("torch has it on GPUs alone")
+    monkeypatch.setattr(quantization, "CPU_HAS_PRODUCT", has_product)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 64, generator=generator, dtype=torch.bfloat16)
     weight[5] = 0

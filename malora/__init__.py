@@ -5,6 +5,7 @@
 bare package costs nothing: the command line and the API process need no torch to start.
 """
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ __all__ = ["MaloraConfig", "MaloraModel"]
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # Huge pages for large tensors: a decode step walks over all weights, and over most of the pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# transformers imports torchao where it is there, which warns of kernels that a torch for the CPU
+# cannot load, and makes torch warn of its enums: neither is the user's to mend.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -262,6 +262,7 @@ def failures(launch: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
             "adapters": ("--adapters", nowhere),
             "value": ("--max-num-seqs", "many"),
             "flag": ("--warp-speed", 9),
+            "quantization": ("--device", "cpu", "--quantization", "fp8"),
         }
         started = {name: launch(*values) for name, values in flags.items()}
         statuses = {name: server.process.wait(120) for name, server in started.items()}
@@ -278,6 +279,7 @@ def test_a_failure_to_start_is_one_line_and_a_status(failures: Any) -> None:
         "adapters": str(nowhere),
         "value": "--max-num-seqs",
         "flag": "--warp-speed",
+        "quantization": "compute capability 8.9",
     }
     for name, hint in hints.items():
         assert words[name].startswith("error: "), words[name]

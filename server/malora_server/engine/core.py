@@ -205,6 +205,12 @@ class EngineCore:
             loaded.max_model_len, config.max_model_len or loaded.max_model_len
         )
         num_blocks = _count_blocks(config, loaded, self._max_model_len, resident.capacity)
+        logger.info(
+            "memory: %s bytes of weights, %s kept for adapters, %d blocks of KV cache",
+            f"{loaded.num_bytes:,}",
+            f"{resident.capacity:,}",
+            num_blocks,
+        )
         self._runner = ModelRunner(
             loaded,
             resident,
@@ -500,6 +506,13 @@ def _count_blocks(
     """
     per_block = cache_bytes_per_block(loaded.model, config.block_size, loaded.dtype)
     a_sequence = math.ceil(max_model_len / config.block_size)
+    free = free_memory(loaded.device)
+    if loaded.device.type == "cpu":  # where the adapters' memory is not taken before they are read
+        free = max(0, free - adapters)
+    left = (
+        f"{free:,} bytes are free beside the weights ({loaded.num_bytes:,}) and the adapters "
+        f"({adapters:,})"
+    )
     if config.kv_cache_memory is not None:
         blocks = config.kv_cache_memory // per_block
         if blocks < a_sequence:
@@ -508,18 +521,19 @@ def _count_blocks(
                 f"sequence of {max_model_len} tokens takes {a_sequence} ({a_sequence * per_block:,}"
                 " bytes): raise --kv-cache-memory or lower --max-model-len"
             )
+        if config.kv_cache_memory > free:
+            raise ValueError(
+                f"the KV cache cannot have the {config.kv_cache_memory:,} bytes of "
+                f"--kv-cache-memory: {left}"
+            )
         return blocks
-    free = free_memory(loaded.device)
-    if loaded.device.type == "cpu":  # where the adapters' memory is not taken before they are read
-        free = max(0, free - adapters)
     share = CACHE_SHARES[loaded.device.type]
     fits = int(free * share) // per_block
     if fits < a_sequence:
         raise ValueError(
-            f"{free:,} bytes are free beside the weights ({loaded.num_bytes:,}) and the adapters "
-            f"({adapters:,}), {share:.0%} of which the KV cache may take: that holds "
-            f"{fits} blocks of {per_block:,} bytes, but one sequence of {max_model_len} tokens "
-            f"takes {a_sequence}: lower --max-model-len or free memory"
+            f"{left}, {share:.0%} of which the KV cache may take: that holds {fits} blocks of "
+            f"{per_block:,} bytes, but one sequence of {max_model_len} tokens takes {a_sequence}: "
+            "lower --max-model-len or free memory"
         )
     # More than every running sequence at its longest, twice over for cached prefixes, is waste.
     return min(fits, 2 * a_sequence * config.max_num_seqs)

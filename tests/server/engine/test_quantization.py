@@ -1,10 +1,12 @@
 """Quantised base models with adapters on top, against their dequantised weights in float64."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from torchao.quantization import (
 )
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
+from malora_server.engine import core
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.llm import LLM
 from malora_server.engine.messages import SamplingParams
@@ -251,6 +254,21 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_base, mon
     monkeypatch.setattr(loader, "free_memory", lambda _: need // 4)
     with pytest.raises(ValueError, match="bytes quantised, and"):
         load_model(base, "auto", CPU, "int8")
+
+
+def test_what_weights_and_adapters_leave_is_shown_where_it_is_too_little(tiny_base, monkeypatch):
+    config = EngineConfig(
+        base=str(tiny_base("llama")), quantization="int8", adapter_device_memory=3_000_000
+    )
+    small = f"({LLM(config)._core._loaded.num_bytes:,}) and the adapters (3,000,000)"
+    monkeypatch.setattr(core, "free_memory", lambda _: 3_400_000)
+    asks = "of --kv-cache-memory: 400,000 bytes are free beside the weights "
+    with pytest.raises(ValueError, match=re.escape(asks + small)):
+        LLM(msgspec.structs.replace(config, kv_cache_memory=400_001))
+    LLM(msgspec.structs.replace(config, kv_cache_memory=400_000))
+    monkeypatch.setattr(core, "free_memory", lambda _: 3_010_000)
+    with pytest.raises(ValueError, match=re.escape("10,000 bytes are free beside the weights")):
+        LLM(config)
 
 
 def test_what_cannot_be_quantised_says_why(tiny_base, fp8, checkpoint, monkeypatch):

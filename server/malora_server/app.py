@@ -24,6 +24,7 @@ from malora_server.api import chat, completions, models, system, tokenize
 from malora_server.api.admission import Admission, KeyLimit
 from malora_server.api.auth import Authentication
 from malora_server.api.errors import install_error_handlers
+from malora_server.api.grammars import GrammarChecker
 from malora_server.api.middleware import BodyLimit, RequestContext
 from malora_server.api.registry import ModelRegistry
 from malora_server.api.state import ServerState
@@ -77,6 +78,9 @@ def create_app(
         registry=registry,
         metrics=metrics,
         admission=Admission(engine, settings),
+        grammars=GrammarChecker(
+            tokenizer.backend, engine.ready.vocab_size, engine.ready.eos_token_ids
+        ),
     )
     install_error_handlers(app)
     for module in (completions, chat, models, tokenize, system):

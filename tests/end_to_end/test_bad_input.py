@@ -90,7 +90,7 @@ BAD = [
     body("a negative stop token", "stop_token_ids[1]", stop_token_ids=[5, -1]),
     body("too strong a bias", "logit_bias[5]", logit_bias={"5": 101}),
     body("a bias on a word", "logit_bias.word", logit_bias={"word": 1}),
-    body("a format", "response_format.type", response_format={"type": "json_object"}),
+    body("a format", "response_format.type", response_format={"type": "yaml"}),
     *(
         body(f"{field} {str(value)[:20]}", field, **{field: value})
         for field, values in OUT_OF_RANGE.items()

@@ -14,6 +14,36 @@ class StreamOptions(TypedDict, total=False):
     include_usage: bool
 
 
+class JsonSchema(TypedDict, total=False):
+    """A named schema. It is followed to the letter, whatever `strict` says."""
+
+    name: Required[str]
+    schema: Required[Mapping[str, object]]
+    description: str
+    strict: bool
+
+
+class ResponseFormat(TypedDict, total=False):
+    """OpenAI's way to say a reply's form; `json_schema` goes with the type of that name."""
+
+    type: Required[Literal["text", "json_object", "json_schema"]]
+    json_schema: JsonSchema
+
+
+class StructuredOutputs(TypedDict, total=False):
+    """vLLM's way to say a reply's form: exactly one of these.
+
+    json: a schema, or its JSON text. regex: matches the whole reply. choice: one of these texts.
+    grammar: context-free, in Lark's notation or GBNF's. json_object: any JSON object.
+    """
+
+    json: Mapping[str, object] | str
+    regex: str
+    choice: Sequence[str]
+    grammar: str
+    json_object: Literal[True]
+
+
 class TextPart(TypedDict):
     """A piece of a message's text."""
 
@@ -48,6 +78,7 @@ class GenerationParams(TypedDict, total=False):
     presence_penalty: float | None
     frequency_penalty: float | None
     logit_bias: Mapping[str, float] | Mapping[int, float] | None
+    response_format: ResponseFormat | None
     user: str | None
 
     top_k: int | None
@@ -59,6 +90,7 @@ class GenerationParams(TypedDict, total=False):
     add_special_tokens: bool | None
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
+    structured_outputs: StructuredOutputs | None
     priority: int | None
 
     include_routing: bool | Literal["layers"] | None

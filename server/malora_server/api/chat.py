@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from malora_server.api.details import chat_logprobs, routing_entries
 from malora_server.api.errors import invalid
 from malora_server.api.generation import Delta, Generation
+from malora_server.api.grammars import grammar_of
 from malora_server.api.limits import check_limits
 from malora_server.api.protocol import ChatCompletionRequest
 from malora_server.api.sampling import TokenLimits, check_logprobs, sampling_params
@@ -132,6 +133,7 @@ async def chat_completions(
         body,
         max_tokens=limits.resolve(len(token_ids), server),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        grammar=await grammar_of(server.grammars, body),
     )
     generation = Generation(server, record, model, body, [(token_ids, params)])
     writer = ChatWriter(server.tokenizer, generation, body)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from malora_server.api.details import CompletionLogprobs, routing_entries
 from malora_server.api.errors import invalid
 from malora_server.api.generation import Delta, Generation
+from malora_server.api.grammars import grammar_of
 from malora_server.api.limits import check_limits
 from malora_server.api.protocol import CompletionRequest
 from malora_server.api.sampling import (
@@ -139,6 +140,7 @@ async def completions(
     # The engine makes one token at least; a request for none has it dropped.
     requested = 1 if prompt_only else body.max_tokens
     limits = TokenLimits(requested, DEFAULT_COMPLETION_TOKENS)
+    grammar = None if prompt_only else await grammar_of(server.grammars, body)
     generation = Generation(
         server,
         record,
@@ -153,6 +155,7 @@ async def completions(
                     max_tokens=limits.resolve(len(token_ids), server),
                     logprobs=body.logprobs,
                     prompt_logprobs=body.logprobs if body.echo else None,
+                    grammar=grammar,
                 ),
             )
             for _, token_ids in prompts

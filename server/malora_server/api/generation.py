@@ -131,6 +131,8 @@ class Choice:
 
     def _advance(self, output: SequenceOutput) -> Delta:
         finish_reason: str | None = output.finish_reason
+        if finish_reason == "error" and output.error_code == "invalid_grammar":
+            raise ApiError(400, f"{output.error}.", code=output.error_code)
         if finish_reason == "error":
             raise ApiError(
                 500, f"The engine refused the request: {output.error}.", code="engine_error"

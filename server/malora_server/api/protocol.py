@@ -52,10 +52,51 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class ResponseFormat(Strict):
-    """The form of the reply: free text."""
+class JsonSchema(Strict):
+    """A named schema; `strict` changes nothing, as every schema is followed to the letter."""
 
-    type: Literal["text"]
+    name: Text
+    description: Text | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """The form of the reply: free text, any JSON object, or JSON that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise PydanticCustomError(
+                "value_error", "Give json_schema with the type json_schema, and with no other"
+            )
+        return self
+
+
+class StructuredOutputs(Strict):
+    """The form of the reply, as vLLM says it: exactly one of the fields.
+
+    json: a schema, or its JSON text. regex: matches the whole reply (Rust's syntax). choice: one of
+    these. grammar: context-free, in Lark's notation or GBNF's. json_object: any JSON object.
+    """
+
+    json_schema: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: list[Text] | None = Field(None, min_length=1)
+    grammar: Text | None = None
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _check_one_is_given(self) -> StructuredOutputs:
+        fields = (self.json_schema, self.regex, self.choice, self.grammar, self.json_object)
+        if sum(field is not None for field in fields) != 1:
+            raise PydanticCustomError(
+                "value_error", "Give exactly one of json, regex, choice, grammar, json_object"
+            )
+        return self
 
 
 class GenerationRequest(Strict):
@@ -81,6 +122,7 @@ class GenerationRequest(Strict):
     stop_token_ids: TokenIds | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_k: int | None = Field(None, ge=-1)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -90,6 +132,15 @@ class GenerationRequest(Strict):
     def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("value_error", "stream_options need stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_one_format(self) -> GenerationRequest:
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        if formatted and self.structured_outputs is not None:
+            raise PydanticCustomError(
+                "value_error", "response_format and structured_outputs exclude each other"
+            )
         return self
 
 

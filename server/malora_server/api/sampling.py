@@ -95,6 +95,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    grammar: str | None = None,
 ) -> SamplingParams:
     """The parameters of the request's first choice."""
     bias = body.logit_bias or {}
@@ -129,6 +130,7 @@ def sampling_params(
             if body.include_routing
             else None
         ),
+        grammar=grammar,
     )
 
 

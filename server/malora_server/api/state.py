@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 
 from malora_server.api.admission import Admission
+from malora_server.api.grammars import GrammarChecker
 from malora_server.api.registry import ModelRegistry
 from malora_server.api.tokenizer import Tokenizer
 from malora_server.engine.messages import SamplingParams
@@ -62,6 +63,7 @@ class ServerState:
     registry: ModelRegistry
     metrics: Metrics
     admission: Admission
+    grammars: GrammarChecker
 
 
 # Coroutines, as FastAPI runs what is none in a thread.

@@ -11,20 +11,23 @@ import logging
 import math
 import time
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from malora.kernels.batched import Routing
 from malora.kernels.resident import ResidentAdapter, ResidentAdapters
 from malora_server.adapters.memory import HostMemory
 from malora_server.adapters.store import AdapterStore
 from malora_server.engine.config import EngineConfig
+from malora_server.engine.grammar import GrammarError, Grammars
 from malora_server.engine.kv_cache import BlockManager
 from malora_server.engine.messages import (
     EngineStats,
@@ -57,6 +60,8 @@ logger = logging.getLogger(__name__)
 CACHE_SHARES = {"cpu": 0.5, "cuda": 0.85}
 """The share of the memory left by the weights and the adapters that the KV cache may take where
 `kv_cache_memory` is not given. The rest is for activations, graphs and, on the CPU, others."""
+_COMPILING_SECONDS = 0.02
+"""How long a step waits for a grammar at most, where it has nothing else to do."""
 
 
 @dataclass(slots=True)
@@ -109,7 +114,7 @@ class _InFlight:
         self.token_ids = None if sampled is None else sampled.token_ids
         """(B,) int64, on the device."""
         self.rows = {seq.request_id: row for row, seq in enumerate(sequences)}
-        self.settles_first = any(is_penalised(seq) for seq in sequences)
+        self.settles_first = any(is_penalised(seq) or seq.matcher is not None for seq in sequences)
         """Whether the next step's sampling needs this one's tokens on the host."""
         self._event: torch.cuda.Event | None = None
         self._sampled = None if sampled is None else _on_host(sampled)
@@ -183,6 +188,7 @@ class EngineCore:
         """
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        has_tokenizer = model is None or Path(config.base).is_dir()
         if model is None:
             device = choose_device(config.device)
             model = load_model(config.base, config.dtype, device, config.quantization)
@@ -224,8 +230,11 @@ class EngineCore:
         self._scheduler = Scheduler(
             self._blocks, config.max_num_seqs, config.max_num_batched_tokens
         )
-        self._sampler = Sampler()
+        self._grammars = _load_grammars(config, loaded) if has_tokenizer else None
+        self._sampler = Sampler(self._grammars)
         self._requests: dict[str, _Request] = {}
+        self._compiling: dict[str, tuple[Sequence, Future[LLMatcher]]] = {}
+        """Sequences that wait for their grammar, each alone."""
         self._in_flight: _InFlight | None = None
         self._suspects: deque[Chunk] = deque()
         self._monitor = Monitor(samples_decodes=device.type == "cpu")
@@ -240,12 +249,13 @@ class EngineCore:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(device),
             adapters=self._adapters.infos(),
+            eos_token_ids=loaded.eos_token_ids,
         )
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence is waiting or running, or a step under way."""
-        return self._scheduler.has_work or self._in_flight is not None
+        return bool(self._scheduler.has_work or self._compiling or self._in_flight is not None)
 
     def add(self, submit: Submit) -> SequenceOutput | None:
         """Queue a request; returns its end at once where it cannot be served."""
@@ -254,16 +264,49 @@ class EngineCore:
             sequence = Sequence(
                 submit, next(self._arrivals), self._loaded.eos_token_ids, self._max_model_len
             )
-            self._scheduler.add(sequence)
+            if submit.sampling.grammar is None:
+                self._scheduler.add(sequence)
+            else:
+                self._compile(sequence, submit.sampling.grammar)
+        except GrammarError as error:
+            return _failure(submit.request_id, str(error), "invalid_grammar")
         except (KeyError, ValueError) as error:
             return _failure(submit.request_id, str(error.args[0]))
         self._requests[submit.request_id] = _Request(adapter, time.monotonic())
         return None
 
+    def _compile(self, seq: Sequence, grammar: str) -> None:
+        if self._grammars is None:
+            raise GrammarError("this base model's tokenizer can't follow grammars")
+        if seq.request_id in self._requests:
+            raise ValueError(f"request id {seq.request_id!r} is in use: choose another")
+        self._compiling[seq.request_id] = (seq, self._grammars.compile(grammar))
+
+    def _schedule_compiled(self) -> list[SequenceOutput]:
+        """Queue the sequences whose grammar is there; returns those that can't be served."""
+        failures: list[SequenceOutput] = []
+        if not self._scheduler.has_work and self._in_flight is None:
+            futures = [future for _, future in self._compiling.values()]
+            wait(futures, _COMPILING_SECONDS, FIRST_COMPLETED)  # nobody else needs a step
+        for request_id, (seq, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[request_id]
+            try:
+                assert self._grammars is not None
+                seq.matcher = self._grammars.matcher(future.result())
+                self._scheduler.add(seq)
+            except ValueError as error:
+                del self._requests[request_id]
+                code = "invalid_grammar" if isinstance(error, GrammarError) else None
+                failures.append(_failure(request_id, str(error), code))
+        return failures
+
     def abort(self, request_ids: list[str]) -> None:
         """Forget requests and free what they hold. Unknown ids are ignored."""
         for request_id in request_ids:
-            if self._scheduler.abort(request_id) is not None:
+            waited = self._compiling.pop(request_id, None)
+            if waited is not None or self._scheduler.abort(request_id) is not None:
                 del self._requests[request_id]
 
     def abort_all(self) -> Outputs:
@@ -277,7 +320,7 @@ class EngineCore:
         """The state after the last step."""
         return EngineStats(
             num_requests_running=self._scheduler.num_running,
-            num_requests_waiting=self._scheduler.num_waiting,
+            num_requests_waiting=self._scheduler.num_waiting + len(self._compiling),
             kv_cache_usage_ratio=self._blocks.usage,
             prefix_cache_queries=self._blocks.num_queried_tokens,
             prefix_cache_hits=self._blocks.num_hit_tokens,
@@ -297,6 +340,8 @@ class EngineCore:
         outputs: list[SequenceOutput] = []
         if self._in_flight is not None and self._in_flight.settles_first:
             outputs += self._settle()
+        if self._compiling:
+            outputs += self._schedule_compiled()
         chunks = self._next_suspect() or self._scheduler.schedule()
         launched = self._launch(chunks, outputs) if chunks else None
         outputs += self._settle()
@@ -428,8 +473,7 @@ class EngineCore:
         outputs = []
         for row, seq in enumerate(step.sequences):
             if seq.request_id in bad:
-                error = "the model gave no finite scores for the next token"
-                outputs.append(_failure(seq.request_id, error))
+                outputs.append(_no_token(seq))
             elif seq in live:
                 outputs.append(self._output(seq, step, row))
         return outputs
@@ -483,8 +527,29 @@ def _num_predicted_prompt_tokens(chunk: Chunk) -> int:
     return max(0, min(chunk.start + chunk.num_tokens, seq.num_prompt_tokens - 1) - chunk.start)
 
 
-def _failure(request_id: str, error: str) -> SequenceOutput:
-    return SequenceOutput(request_id, [], finish_reason="error", error=error)
+def _failure(request_id: str, error: str, code: str | None = None) -> SequenceOutput:
+    return SequenceOutput(request_id, [], finish_reason="error", error=error, error_code=code)
+
+
+def _no_token(seq: Sequence) -> SequenceOutput:
+    """The end of a sequence that had no token to choose."""
+    if seq.matcher is not None and seq.matcher.error is not None:
+        error = f"the text can't go on as its grammar demands: {seq.matcher.error}"
+        return _failure(seq.request_id, error, "invalid_grammar")
+    return _failure(seq.request_id, "the model gave no finite scores for the next token")
+
+
+def _load_grammars(config: EngineConfig, loaded: LoadedModel) -> Grammars | None:
+    """None where the base model has no tokenizer that can follow grammars."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.base)
+        if not tokenizer.is_fast:
+            raise GrammarError("it has no tokenizer.json")
+        backend = tokenizer.backend_tokenizer
+        return Grammars(backend, loaded.vocab_size, loaded.eos_token_ids, config.num_threads)
+    except (OSError, ValueError) as error:
+        logger.warning("no structured output: %s", str(error).strip().split("\n")[0])
+        return None
 
 
 def _adapter_capacity(config: EngineConfig, loaded: LoadedModel) -> int:

@@ -42,6 +42,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     routing: Literal["mean", "layers"] | None = None
+    grammar: str | None = None
+    """What the text must follow, as `engine.grammar` makes it. It ends with the grammar, even where
+    `min_tokens` or `ignore_eos` ask for more; while it can go on, they are kept."""
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
@@ -118,7 +121,7 @@ class SequenceOutput(msgspec.Struct, array_like=True, frozen=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     routing: list[TokenRouting] | None = None
     error_code: str | None = None
-    """A stable code that says whose fault `error` is, where it is the adapter's."""
+    """A stable code, where `error` is the adapter's fault or the request's."""
     start: SequenceStart | None = None
 
 
@@ -250,6 +253,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     dtype: str
     device: str
     adapters: list[AdapterInfo]
+    eos_token_ids: list[int] = []
 
 
 class Outputs(msgspec.Struct, tag="outputs", frozen=True):

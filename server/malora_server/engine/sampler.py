@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from malora_server.engine.grammar import Grammars, Matcher, forbid
 from malora_server.engine.penalties import Penalties, is_penalised
 from malora_server.engine.sequence import Sequence
 
@@ -51,7 +52,9 @@ class Sampler:
     One instance belongs to one engine, one vocabulary and one device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grammars: Grammars | None = None) -> None:
+        """grammars: whose the sequences' matchers are."""
+        self._grammars = grammars
         self._batch: _Batch | None = None
 
     @torch.inference_mode()
@@ -59,10 +62,10 @@ class Sampler:
         """Choose the token that follows each sequence.
 
         logits: (B, V), any float dtype, one row a sequence; left unchanged. Log-probabilities are
-        those of the logits as they came, before penalties, biases and temperature.
+        those of the logits as they came, before grammars, penalties, biases and temperature.
         """
         if self._batch is None or self._batch.sequences != sequences:
-            self._batch = _Batch(sequences, logits, self._batch)
+            self._batch = _Batch(sequences, logits, self._batch, self._grammars)
         batch = self._batch
         positions = np.fromiter((len(seq.token_ids) for seq in sequences), np.int64, len(sequences))
         edited = batch.edit(logits, positions)
@@ -117,7 +120,13 @@ def prompt_logprobs(
 class _Batch:
     """The parameters of a batch's sequences as tensors; `groups` are the rows that draw."""
 
-    def __init__(self, sequences: list[Sequence], logits: Tensor, before: _Batch | None) -> None:
+    def __init__(
+        self,
+        sequences: list[Sequence],
+        logits: Tensor,
+        before: _Batch | None,
+        grammars: Grammars | None,
+    ) -> None:
         device, vocab_size = logits.device, logits.shape[1]
         self.sequences = list(sequences)
         params = [seq.sampling for seq in sequences]
@@ -128,7 +137,7 @@ class _Batch:
         stops = [
             (row, token, seq.min_len)
             for row, seq in enumerate(sequences)
-            if seq.num_output_tokens < seq.sampling.min_tokens
+            if seq.num_output_tokens < seq.sampling.min_tokens and seq.matcher is None
             for token in seq.stop_ids
             if 0 <= token < vocab_size
         ]
@@ -152,6 +161,13 @@ class _Batch:
         self.penalties: Penalties | None = (
             Penalties(penalised, logits, known) if penalised else None
         )
+        constrained = [
+            (row, seq, seq.matcher) for row, seq in enumerate(sequences) if seq.matcher is not None
+        ]
+        self.masks: _GrammarMasks | None = None
+        if constrained:
+            assert grammars is not None
+            self.masks = _GrammarMasks(constrained, logits, grammars)
         drawing = [row for row, param in enumerate(params) if param.temperature >= _GREEDY_BELOW]
         ranked = [row for row in drawing if params[row].top_k > 0 or params[row].top_p < 1.0]
         plain = [row for row in drawing if params[row].top_k <= 0 and params[row].top_p >= 1.0]
@@ -163,7 +179,8 @@ class _Batch:
 
     def edit(self, logits: Tensor, positions: np.ndarray) -> Tensor:
         """The logits after masks, penalties and biases: a float32 copy where there are any."""
-        if self.stops is None and self.penalties is None and self.biases is None:
+        edits = (self.stops, self.penalties, self.biases, self.masks)
+        if all(edit is None for edit in edits):
             return logits
         logits = logits.to(torch.float32, copy=True)
         if self.stops is not None:
@@ -175,7 +192,45 @@ class _Batch:
         if self.biases is not None:
             rows, tokens, values = self.biases
             logits[rows, tokens] += values
+        if self.masks is not None:
+            self.masks.apply(logits)
         return logits
+
+
+class _GrammarMasks:
+    """Rows of a batch whose text follows a grammar."""
+
+    def __init__(
+        self,
+        constrained: list[tuple[int, Sequence, Matcher]],
+        logits: Tensor,
+        grammars: Grammars,
+    ) -> None:
+        """constrained: a row of the batch, its sequence and matcher each."""
+        device = logits.device
+        self._grammars = grammars
+        self._sequences = [seq for _, seq, _ in constrained]
+        self._matchers = [matcher for _, _, matcher in constrained]
+        self._rows = torch.tensor([row for row, _, _ in constrained], device=device)
+        self._bits = torch.arange(8, dtype=torch.uint8, device=device)
+
+    def apply(self, logits: Tensor) -> None:
+        """Leave to (B, V) logits, in place, the tokens that the grammars allow next."""
+        device = logits.device
+        shape = (len(self._matchers), self._grammars.num_words)
+        masks = torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        words = masks.numpy()
+        self._grammars.fill(self._matchers, words)
+        for row, (seq, matcher) in enumerate(zip(self._sequences, self._matchers, strict=True)):
+            # These give way where the grammar leaves nothing else.
+            if len(seq.token_ids) < seq.min_len:
+                forbid(words[row], seq.stop_ids | matcher.eos_token_ids)
+            elif seq.sampling.ignore_eos:
+                forbid(words[row], matcher.eos_token_ids)
+        octets = masks.to(device, non_blocking=True).view(torch.uint8)
+        allowed = (octets[:, :, None] >> self._bits & 1).flatten(1)[:, : logits.shape[1]]
+        some = logits[self._rows].masked_fill_(allowed == 0, -torch.inf)
+        logits.index_copy_(0, self._rows, some)
 
 
 class _Group:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection
 
+from malora_server.engine.grammar import Matcher
 from malora_server.engine.messages import FinishReason, Submit
 
 
@@ -35,6 +36,7 @@ class Sequence:
         "cache_salt",
         "eos_token_ids",
         "finish_reason",
+        "matcher",
         "max_len",
         "min_len",
         "num_cached_tokens",
@@ -81,6 +83,8 @@ class Sequence:
         self.min_len = self.num_prompt_tokens + sampling.min_tokens
         """No stop token may be sampled while there are fewer tokens than this."""
         self.max_len = min(self.num_prompt_tokens + sampling.max_tokens, max_model_len)
+        self.matcher: Matcher | None = None
+        """Where the text is in its grammar; set before it runs, if it has one."""
         self.eos_token_ids = frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
         self.stop_ids = self.eos_token_ids.union(sampling.stop_token_ids)
 
@@ -115,7 +119,9 @@ class Sequence:
         self.token_ids[index] = token_id
         self.num_pending -= 1
         # The token was sampled when there were `index`, which is what min_tokens speaks of.
-        if token_id in self.stop_ids and index >= self.min_len:
+        if self.matcher is not None and self.matcher.accept(token_id):
+            self.finish_reason = "stop"
+        elif token_id in self.stop_ids and index >= self.min_len:
             self.finish_reason = "stop"
             self.stop_reason = None if token_id in self.eos_token_ids else token_id
         elif index + 1 >= self.max_len:

@@ -96,6 +96,7 @@ class FakeEngine:
             block_size=16,
             dtype="float32",
             device="cpu",
+            eos_token_ids=[self.EOS],
             adapters=[
                 AdapterInfo(
                     name="sql", digest="5d1" * 20, peft_type="MALORA", num_experts=4, created=77

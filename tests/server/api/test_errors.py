@@ -74,7 +74,7 @@ def error_of(reply: httpx.Response, status: int) -> dict[str, Any]:
         ("logprobs", True, "logprobs"),
         ("priority", "high", "priority"),
         ("include_routing", "experts", "include_routing"),
-        ("response_format", {"type": "json_object"}, "response_format.type"),
+        ("response_format", {"type": "yaml"}, "response_format.type"),
         ("suffix", "end", "suffix"),
         ("best_of", 3, "best_of"),
         ("stream", "yes", "stream"),

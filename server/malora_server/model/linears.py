@@ -151,7 +151,7 @@ def group_linears(model: PreTrainedModel, context: AdapterContext) -> list[Group
             names = [n for n, m in parent.named_children() if isinstance(m, nn.Linear)]
             prefix = ".".join(p for p in (layer_path, path) if p)
             for name in names:
-                check_weight(f"{prefix}.{name}", getattr(parent, name).weight)
+                check_weight(f"{prefix}.{name}", getattr(parent, name).weight.data, model.dtype)
             for members in _fuse(parent, names):
                 linears = [getattr(parent, name) for name in members]
                 starts = [sum(m.out_features for m in linears[:i]) for i in range(len(linears))]

@@ -16,13 +16,7 @@ from malora.format import BaseModelSpec
 from malora.kernels.resident import Group
 from malora_server.model.attention import IMPLEMENTATION, attention_layers
 from malora_server.model.linears import AdapterContext, decoder_layers, group_linears
-from malora_server.model.quantization import (
-    Quantization,
-    check_dtype,
-    is_quantised,
-    num_bytes,
-    quantizer,
-)
+from malora_server.model.quantization import Quantization, is_quantised, num_bytes, quantizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -99,8 +93,6 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(f"the base model's weights are broken: {error}") from error
     _check_complete(report)
-    if quantised:
-        check_dtype(model.dtype)
     return cast(PreTrainedModel, model)
 
 

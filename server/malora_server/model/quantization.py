@@ -84,17 +84,23 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise ValueError("a quantised base model computes in bfloat16 or float32, not float16")
 
 
-def check_weight(path: str, weight: Tensor) -> None:
-    """Raises ValueError where a linear's activations would be scaled over the whole batch, or
-    where its device has no float8 products.
+def check_weight(path: str, weight: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError for a quantised weight that cannot be served: in this dtype, on its device,
+    or because activations would be scaled over the whole batch.
     """
+    if not is_traceable_wrapper_subclass(weight):
+        return
+    check_dtype(dtype)
     dynamic: Any = getattr(weight, "act_quant_kwargs", None)
     if dynamic is None or getattr(weight, "act_quant_scale", None) is not None:
         return
     from torchao.quantization import Float8Tensor, PerRow
 
-    if isinstance(weight, Float8Tensor) and weight.is_cuda and not _has_float8(weight.device):
-        raise ValueError(f"the base model is quantised to float8, which needs {FLOAT8_GPUS}")
+    if isinstance(weight, Float8Tensor) and weight.is_cuda:
+        if not _has_float8(weight.device):
+            raise ValueError(f"the base model is quantised to float8, which needs {FLOAT8_GPUS}")
+        if dtype != torch.bfloat16:
+            raise ValueError("a base model in float8 needs --dtype bfloat16 on a GPU")
     if not isinstance(dynamic.granularity, PerRow):
         raise ValueError(
             f"the base model's {path} scales its activations by {dynamic.granularity}: requests "
@@ -167,9 +173,9 @@ class Float8Weight:
             weight = self.values.to(dtype) * self.scales.to(dtype)
             return F.linear(x.to(dtype) * scales.to(dtype), weight, bias)
         out = F.scaled_mm(
-            x.view(-1, x.shape[-1]),
+            x.reshape(-1, x.shape[-1]),
             self.values.t(),
-            scales.view(-1, 1),
+            scales.reshape(-1, 1),
             ScalingType.RowWise,
             self.scales.t(),
             ScalingType.RowWise,

@@ -282,7 +282,7 @@ def test_what_cannot_be_quantised_says_why(tiny_base, fp8, checkpoint, monkeypat
     with pytest.raises(ValueError, match="quantised already: leave out --quantization"):
         load_model(str(fp8("qwen3")), "auto", CPU, "int8")
     with pytest.raises(ValueError, match="not float16"):
-        load_model(str(fp8("qwen3")), "float16", CPU)
+        LLM(EngineConfig(base=str(fp8("qwen3")), dtype="float16"))
     whole = replace(FP8, granularity=PerTensor())
     with pytest.raises(ValueError, match=r"q_proj scales its activations by PerTensor"):
         LLM(EngineConfig(base=str(checkpoint("qwen3", whole))))

@@ -159,7 +159,7 @@ class MaloraConfig(PeftConfig):
                 raise ValueError(f"{name} must be a string, not {getattr(self, name)!r}.")
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
-            names = value if isinstance(value, list | set) else [value or ""]
+            names = value if isinstance(value, list | set) else [] if value is None else [value]
             if not all(isinstance(item, str) for item in names):
                 raise ValueError(f"{name} must be a string or a list of strings, not {value!r}.")
         layers = self.layers_to_transform
@@ -220,4 +220,9 @@ class MaloraConfig(PeftConfig):
 
 
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False

@@ -16,6 +16,7 @@ from torch import Tensor
 from malora.limits import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
+    MAX_HEADER_BYTES,
     MAX_WEIGHTS_BYTES,
     WEIGHTS_NAME,
     AdapterFormatError,
@@ -102,6 +103,14 @@ def open_weights(folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES) -> Iterator[W
             f"{WEIGHTS_NAME} has {size} bytes, but at most {max_bytes} are accepted.",
         )
     try:
+        with file.open("rb") as raw:
+            header_bytes = int.from_bytes(raw.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise AdapterFormatError(
+                "adapter_file_invalid",
+                f"The header of {WEIGHTS_NAME} has {header_bytes} bytes, but at most "
+                f"{MAX_HEADER_BYTES} are accepted.",
+            )
         with safe_open(file, framework="pt") as handle:
             yield Weights(handle)
     except (SafetensorError, OSError) as error:

@@ -9,6 +9,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 2**20
 MAX_WEIGHTS_BYTES = 4 * 2**30
+MAX_HEADER_BYTES = 4 * 2**20
+"""Of the weights file: enough for 20,000 tensors, each of which takes more memory than its name."""
 
 
 class AdapterFormatError(ValueError):

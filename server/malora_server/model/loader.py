@@ -123,7 +123,8 @@ def _check_fits(
 ) -> None:
     """Raises ValueError where the weights alone take more than the device has free."""
     if not isinstance(dtype, torch.dtype):
-        dtype = config.get_text_config().dtype or torch.float32
+        # A configuration may not say; then this is the least that is common.
+        dtype = config.get_text_config().dtype or torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     narrow = set()

@@ -7,7 +7,7 @@ PORT ?= 8000
 OUT ?= demo-output
 DATA ?= ../shared/data/tasks
 
-.PHONY: help install demo test test-data lint format bench clean
+.PHONY: help install demo test test-data chaos lint format bench clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: $(INSTALLED)  ## Run the tests
 
 test-data: $(INSTALLED)  ## Train, serve and score adapters on the whole of the task data (DATA=folder)
 	MALORA_TEST_DATA=$(DATA) MALORA_TEST_WHOLE=1 $(BIN)/python -m pytest -s tests/end_to_end/test_real_tasks.py
+
+chaos: $(INSTALLED)  ## Harm a server under load in every way, for SECONDS (180)
+	MALORA_CHAOS_SECONDS=$(or $(SECONDS),180) $(BIN)/python -m pytest -s tests/end_to_end/chaos --timeout 3600
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .

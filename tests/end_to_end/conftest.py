@@ -128,8 +128,9 @@ class Server:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             for child in psutil.Process(self.process.pid).children():
-                if "malora_server.engine.process" in child.cmdline():
-                    return child
+                with contextlib.suppress(psutil.Error):  # one that ends meanwhile
+                    if "malora_server.engine.process" in child.cmdline():
+                        return child
             time.sleep(0.02)
         raise AssertionError(f"no engine process, exit status {self.process.poll()}")
 

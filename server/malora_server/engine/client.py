@@ -22,6 +22,7 @@ from malora_server.engine.messages import (
     Abort,
     EngineStats,
     Failed,
+    Message,
     Outputs,
     Ready,
     Reply,
@@ -137,7 +138,7 @@ class EngineClient:
         self._queues[submit.request_id] = queue
         finished = False
         try:
-            await self._sender.send(self._encoder.encode(submit))
+            self._send(submit)
             while not finished:
                 item = await queue.get()
                 if isinstance(item, Exception):
@@ -148,9 +149,7 @@ class EngineClient:
         finally:
             del self._queues[submit.request_id]
             if not finished and self.healthy:
-                # The socket has no high-water mark, so this never waits (and a generator that is
-                # being closed must not).
-                self._sender.send(self._encoder.encode(Abort([submit.request_id])))
+                self._send(Abort([submit.request_id]))
 
     async def stop(self, timeout: float) -> None:
         """Let requests in flight finish within `timeout` seconds, then end the process.
@@ -159,7 +158,7 @@ class EngineClient:
         """
         self._stopping = True
         if self.healthy:
-            await self._sender.send(self._encoder.encode(Stop(timeout)))
+            self._send(Stop(timeout))
             limit = timeout + _STOP_GRACE_SECONDS
             _, running = await asyncio.wait({self._watching}, timeout=limit)
             if running:
@@ -175,6 +174,11 @@ class EngineClient:
     async def ended(self) -> str:
         """Wait until the engine and all its children are gone; how it ended, in words."""
         return await asyncio.shield(self._watching)
+
+    def _send(self, message: Message) -> None:
+        # The socket has no high-water mark, so there is nothing to wait for, unless the engine is
+        # gone: whoever waited for that would be cancelled when the socket is closed.
+        self._sender.send(self._encoder.encode(message))
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

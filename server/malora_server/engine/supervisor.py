@@ -15,7 +15,7 @@ from malora_server.engine.messages import EngineStats, Ready, Report, SequenceOu
 
 logger = logging.getLogger(__name__)
 
-_STABLE_SECONDS = 30.0
+_STABLE_SECONDS = 10.0
 """An engine that served as long is not one that fails again and again."""
 _MAX_FAILURES = 5
 """Failures in a row after which there is no point in another start."""

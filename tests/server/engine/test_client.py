@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 
 import msgspec
 import pytest
@@ -94,6 +95,13 @@ async def test_a_killed_engine_fails_every_request_and_is_unhealthy(client):
     with pytest.raises(EngineDeadError):
         await waiting
     assert not client.healthy
+    with pytest.raises(EngineDeadError):
+        await anext(client.generate(submit("late")))
+
+
+async def test_a_request_that_comes_as_the_engine_dies_fails_like_the_others(client):
+    os.kill(client._process.pid, signal.SIGKILL)
+    time.sleep(0.3)  # the connection is gone, and the loop has not heard of it
     with pytest.raises(EngineDeadError):
         await anext(client.generate(submit("late")))
 

@@ -14,7 +14,7 @@ import transformers
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.llm import LLM
 from malora_server.engine.messages import SamplingParams
-from malora_server.model.loader import load_model
+from malora_server.model.loader import load_model, prepare_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -93,3 +93,24 @@ def test_a_quantised_base_is_right_for_every_mix(base, quantization, most, tmp_p
         changes = np.abs(plain - want)
         assert not changes[~adapted].any()
         assert not adapted.any() or changes[adapted].mean() > 2 * most
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "int8"])
+def test_loading_takes_little_more_than_the_weights(tmp_path, quantization):
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    )
+    with torch.device("cuda"):
+        transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    model = load_model(str(tmp_path), "bfloat16", torch.device("cuda"), quantization)
+    loaded = prepare_model(model)
+    assert torch.cuda.max_memory_reserved() - before < 1.5 * loaded.num_bytes
+    assert torch.cuda.memory_reserved() - before < 1.3 * loaded.num_bytes

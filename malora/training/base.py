@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from malora.pretrained import load_pretrained
 
 Precision = Literal["auto", "bf16", "float32"]
 
@@ -46,7 +47,7 @@ def load_model(base: str | Path, precision: Precision) -> PreTrainedModel:
     """
     dtype = torch.bfloat16 if resolve_precision(precision) == "bf16" else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+        model = load_pretrained(base, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(_missing(base, error)) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from malora.format import BaseModelSpec
 from malora.kernels.resident import Group
+from malora.pretrained import load_pretrained
 from malora_server.model.attention import IMPLEMENTATION, attention_layers
 from malora_server.model.linears import AdapterContext, decoder_layers, group_linears
 from malora_server.model.quantization import Quantization, is_quantised, num_bytes, quantizer
@@ -67,7 +66,6 @@ def load_model(
         chosen = torch.float32
     elif quantization is not None:
         chosen = torch.bfloat16
-    _refuse_pickles(base)
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     quantised = is_quantised(config)
     options: dict[str, Any] = {}
@@ -80,42 +78,9 @@ def load_model(
     if device.type != "cpu":
         options["device_map"] = device
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            base,
-            config=config,
-            dtype=chosen,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # reported, and refused below
-            output_loading_info=True,
-            **options,
-        )
-    except SafetensorError as error:
-        raise ValueError(f"the base model's weights are broken: {error}") from error
-    _check_complete(report)
-    return cast(PreTrainedModel, model)
-
-
-def _check_complete(report: dict[str, Any]) -> None:
-    """Raises ValueError for weights that were not there: transformers makes some up."""
-    for kind, what in (
-        ("missing_keys", "lack {}"),
-        ("mismatched_keys", "hold {} in shapes that its configuration does not say"),
-    ):
-        names = sorted(key if isinstance(key, str) else key[0] for key in report[kind])
-        if names:
-            more = f" and {len(names) - 1} more" * (len(names) > 1)
-            raise ValueError("the base model's files " + what.format(names[0] + more))
-
-
-def _refuse_pickles(base: str) -> None:
-    """A clear ValueError for a folder of weights that would run code; no others are ever read."""
-    folder = Path(base)
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{base} holds pickled weights (*.bin), which can run code as they are loaded: save "
-            "the model as safetensors"
-        )
+        return load_pretrained(base, config=config, dtype=chosen, **options)
+    except ValueError as error:
+        raise ValueError(f"the base model {base} cannot be loaded: {error}") from error
 
 
 def _check_fits(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from malora.training import base
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.llm import LLM
 from malora_server.engine.messages import SamplingParams
@@ -63,21 +64,21 @@ def logprobs(base, dtype, prompt, adapter):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_half_precision_is_as_near_the_truth_as_transformers_with_every_adapter(served, dtype):
-    base, root = served(dtype)
-    assert len(list(base.glob("model-*.safetensors"))) > 3
+    folder, root = served(dtype)
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
     rng = np.random.default_rng(0)
     names = [None, *ADAPTERS] * 3
     texts = [rng.integers(0, 256, rng.integers(20, 40)).tolist() for _ in names]
     for chosen in ("auto", dtype):  # auto: in float32, on the CPU
-        llm = LLM(EngineConfig(base=str(base), adapters=str(root), dtype=chosen))
+        llm = LLM(EngineConfig(base=str(folder), adapters=str(root), dtype=chosen))
         assert [info.error for info in llm.adapters] == [None] * len(ADAPTERS)
         ours, theirs = [], []
         for name, text, got in zip(names, texts, llm.generate(texts, SCORE, names), strict=True):
             adapter = None if name is None else root / name
-            truth = logprobs(base, torch.float64, text, adapter)
+            truth = logprobs(folder, torch.float64, text, adapter)
             ours.append(np.abs([x.logprob for x in got.prompt_logprobs] - truth))
             if chosen != "auto":
-                theirs.append(np.abs(logprobs(base, DTYPES[dtype], text, adapter) - truth))
+                theirs.append(np.abs(logprobs(folder, DTYPES[dtype], text, adapter) - truth))
         if chosen == "auto":
             assert np.concatenate(ours).max() < 1e-4
         else:
@@ -87,8 +88,8 @@ def test_half_precision_is_as_near_the_truth_as_transformers_with_every_adapter(
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_stacking_holds_no_weight_twice(served, quantization):
-    base, _ = served("bfloat16")
-    model = load_model(str(base), "bfloat16", CPU, quantization)
+    folder, _ = served("bfloat16")
+    model = load_model(str(folder), "bfloat16", CPU, quantization)
     before = [
         weakref.ref(linear.weight)
         for _, _, layer in decoder_layers(model)
@@ -113,8 +114,10 @@ def test_a_pickled_base_is_refused_unread(tiny_base, tmp_path):
     weights = _copy(tiny_base("llama"), tmp_path / "base")
     weights.unlink()
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(ValueError, match="pickled weights"):
+    with pytest.raises(ValueError, match="weights are pickled"):
         load_model(str(tmp_path / "base"), "auto", CPU)
+    with pytest.raises(ValueError, match="weights are pickled"):
+        base.load_model(tmp_path / "base", "float32")
 
 
 @pytest.mark.parametrize("fault", ["truncated", "empty", "missing", "shape", "no shard"])
@@ -142,3 +145,5 @@ def test_broken_weights_say_what_is_wrong(tiny_base, tmp_path, fault):
         save_file(tensors, weights, {"format": "pt"})
     with pytest.raises((OSError, ValueError), match=words):
         load_model(str(tmp_path / "base"), "auto", CPU)
+    with pytest.raises(ValueError, match=words):
+        base.load_model(tmp_path / "base", "float32")

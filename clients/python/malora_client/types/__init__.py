@@ -9,6 +9,10 @@ from malora_client.types.chat import (
     ChatLogprobs,
     ChatMessage,
     ChatTokenLogprob,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCall,
+    ToolCallDelta,
     TopLogprob,
 )
 from malora_client.types.completion import (
@@ -41,6 +45,8 @@ __all__ = [
     "CompletionChoice",
     "CompletionChunk",
     "ExpertGate",
+    "FunctionCall",
+    "FunctionCallDelta",
     "Health",
     "Listing",
     "Logprobs",
@@ -50,6 +56,8 @@ __all__ = [
     "Routing",
     "Text",
     "Tokens",
+    "ToolCall",
+    "ToolCallDelta",
     "TopLogprob",
     "Usage",
 ]

@@ -99,7 +99,12 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def basis_digest(bases: Mapping[str, Tensor]) -> str:
     """sha256, in hex, of all of an adapter's bases, keyed by module path, in sorted order."""
+    return digest_of_bases({name: tensor_digest(basis) for name, basis in bases.items()})
+
+
+def digest_of_bases(digests: Mapping[str, str]) -> str:
+    """`basis_digest` of bases whose own digests are known, by module path."""
     digest = hashlib.sha256()
-    for name in sorted(bases):
-        digest.update(f"{name} {tensor_digest(bases[name])}\n".encode())
+    for name in sorted(digests):
+        digest.update(f"{name} {digests[name]}\n".encode())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from malora.limits import (
     AdapterFormatError,
 )
 
+Map = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
+"""`map`, or a thread pool's: how to do the same for each of many tensors."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes an adapter's tensors may have, by their names in a safetensors header."""
 
@@ -73,19 +75,22 @@ class Weights:
             tensors[name] = torch.empty(view.get_shape(), dtype=dtype, device="meta")
         return tensors
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, map: Map = map) -> dict[str, Tensor]:
         """All tensors, on the CPU, finite, and independent of the file from here on."""
-        tensors = {}
-        for name in self._handle.keys():  # noqa: SIM118
-            # The handle's own tensors are windows into the file, which its owner may overwrite.
-            tensors[name] = self._handle.get_tensor(name).clone()
-            if not torch.isfinite(tensors[name]).all():
-                raise AdapterFormatError(
-                    "adapter_not_finite",
-                    f"Tensor {name} holds NaN or infinity: the adapter's training diverged, or "
-                    "its file is damaged.",
-                )
-        return tensors
+        names = list(self._handle.keys())
+        return dict(zip(names, map(self._read, names), strict=True))
+
+    def _read(self, name: str) -> Tensor:
+        # The handle's own tensors are windows into the file, which its owner may overwrite.
+        tensor: Tensor = self._handle.get_tensor(name).clone()
+        # A finite sum, which is quicker to make, has finite parts alone.
+        if not tensor.sum(dtype=torch.float32).isfinite() and not torch.isfinite(tensor).all():
+            raise AdapterFormatError(
+                "adapter_not_finite",
+                f"Tensor {name} holds NaN or infinity: the adapter's training diverged, or "
+                "its file is damaged.",
+            )
+        return tensor
 
 
 @contextmanager

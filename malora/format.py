@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,15 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malora.basis import BASIS_NAME, PEFT_PREFIX, basis_digest, tensor_digest
+from malora.basis import (
+    BASIS_NAME,
+    PEFT_PREFIX,
+    basis_digest,
+    digest_of_bases,
+    tensor_digest,
+)
 from malora.config import LinearShape, MaloraConfig, RouterInput
-from malora.files import open_weights, read_config
+from malora.files import Map, Weights, open_weights, read_config
 from malora.limits import CONFIG_NAME, MAX_WEIGHTS_BYTES, WEIGHTS_NAME, AdapterFormatError
 from malora.spec import BaseModelSpec
 
@@ -31,8 +38,10 @@ __all__ = [
     "Adapter",
     "AdapterFormatError",
     "BaseModelSpec",
+    "OpenAdapter",
     "RouterInput",
     "load_adapter",
+    "open_adapter",
     "save_adapter",
 ]
 
@@ -95,29 +104,72 @@ class Adapter:
     linears: by module path in the base model ("model.layers.0.self_attn.q_proj").
     digest: sha256, in hex, of all that decides the adapter's outputs: paths, shapes, dtypes, bytes,
     top_k, scaling and router_input. The same weights under another name have the same digest.
+    basis_digests: of each linear's basis, by path.
     """
 
     config: MaloraConfig
     linears: dict[str, AdaptedLinear]
     digest: str
+    basis_digests: dict[str, str]
     num_parameters: int
     num_bytes: int
 
     @classmethod
-    def of(cls, config: MaloraConfig, linears: Mapping[str, AdaptedLinear]) -> Adapter:
+    def of(
+        cls, config: MaloraConfig, linears: Mapping[str, AdaptedLinear], map: Map = map
+    ) -> Adapter:
         """The adapter that these linears make; reads every byte, for the digest."""
         digest = hashlib.sha256()
-        num_parameters = num_bytes = 0
-        for path in sorted(linears):
+        paths = sorted(linears)
+        tensors = [tensor for path in paths for tensor in linears[path].tensors().values()]
+        digests = iter(map(tensor_digest, tensors))
+        basis_digests = {}
+        for path in paths:
             linear = linears[path]
             digest.update(
                 f"{path} {linear.top_k} {linear.scaling!r} {linear.router_input}\n".encode()
             )
-            for name, tensor in linear.tensors().items():
-                digest.update(f"{name} {tensor_digest(tensor)}\n".encode())
-                num_parameters += tensor.numel()
-                num_bytes += tensor.nbytes
-        return cls(config, dict(linears), digest.hexdigest(), num_parameters, num_bytes)
+            for name in linear.tensors():
+                of_tensor = next(digests)
+                digest.update(f"{name} {of_tensor}\n".encode())
+                if name == BASIS_NAME:
+                    basis_digests[path] = of_tensor
+        return cls(
+            config,
+            dict(linears),
+            digest.hexdigest(),
+            basis_digests,
+            sum(tensor.numel() for tensor in tensors),
+            sum(tensor.nbytes for tensor in tensors),
+        )
+
+
+class OpenAdapter:
+    """An adapter's files, opened: the sizes in their headers are checked, the values not read."""
+
+    def __init__(
+        self, document: Mapping[str, Any], weights: Weights, linears: dict[str, AdaptedLinear]
+    ) -> None:
+        """Use `open_adapter`."""
+        self.linears = linears
+        """By path, of tensors that take no memory (on "meta")."""
+        self._document = document
+        self._weights = weights
+
+    def read(self, map: Map = map) -> Adapter:
+        """The adapter on the CPU, in the dtypes it was saved in, independent of the file.
+
+        Raises AdapterFormatError: adapter_file_invalid, adapter_not_finite, adapter_basis_mismatch.
+        """
+        config, linears = _interpret(self._document, self._weights.tensors(map))
+        adapter = Adapter.of(config, linears, map)
+        if config.basis_digest not in (None, digest_of_bases(adapter.basis_digests)):
+            raise AdapterFormatError(
+                "adapter_basis_mismatch",
+                f"Field basis_digest of {CONFIG_NAME} does not belong to the basis in "
+                f"{WEIGHTS_NAME}: the two files come from different adapters.",
+            )
+        return adapter
 
 
 def load_adapter(
@@ -142,21 +194,25 @@ def load_adapter(
     adapter_tensor_unexpected, adapter_shape_mismatch, adapter_dtype_unsupported,
     adapter_base_mismatch, adapter_not_finite, adapter_basis_mismatch.
     """
+    with open_adapter(folder, base, max_bytes=max_bytes) as adapter:
+        return adapter.read()
+
+
+@contextmanager
+def open_adapter(
+    folder: str | os.PathLike[str],
+    base: BaseModelSpec | None = None,
+    *,
+    max_bytes: int = MAX_WEIGHTS_BYTES,
+) -> Iterator[OpenAdapter]:
+    """Open an adapter folder and check it as far as its headers go; as `load_adapter`."""
     folder = Path(folder)
-    raw = read_config(folder)
+    document = read_config(folder)
     with open_weights(folder, max_bytes) as weights:
         # The header's shapes are read as the weights will be, but on tensors that take no memory.
-        check_adapter(*_interpret(raw, weights.shapes()), base)
-        config, linears = _interpret(raw, weights.tensors())
-    if config.basis_digest is not None and config.basis_digest != basis_digest(
-        {path: linear.basis for path, linear in linears.items()}
-    ):
-        raise AdapterFormatError(
-            "adapter_basis_mismatch",
-            f"Field basis_digest of {CONFIG_NAME} does not belong to the basis in {WEIGHTS_NAME}: "
-            "the two files come from different adapters.",
-        )
-    return Adapter.of(config, linears)
+        config, linears = _interpret(document, weights.shapes())
+        check_adapter(config, linears, base)
+        yield OpenAdapter(document, weights, linears)
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:

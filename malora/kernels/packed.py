@@ -9,10 +9,10 @@ the addresses in the headers change.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from malora.basis import tensor_digest
 from malora.config import RouterInput
+from malora.files import Map
 from malora.format import AdaptedLinear
 from malora.kernels.arena import aligned
 
@@ -43,9 +44,6 @@ for block selectors), and whether the router reads the basis."""
 _NUM_ADDRESSES = 4
 _NOWHERE = -1
 """In a packed table of headers, where addresses are offsets: none."""
-
-Map = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
-"""`map`, or a thread pool's."""
 
 
 class PackedLinear(NamedTuple):

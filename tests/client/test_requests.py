@@ -83,6 +83,8 @@ CHAT = {
 }
 
 ADAPTER = {
+    "state": "unloaded",
+    "source": "sql",
     "name": "sql",
     "digest": "ab12",
     "peft_type": "MALORA",
@@ -232,6 +234,49 @@ def test_models_and_adapters(talk: Any) -> None:
     assert server.requests[0].url.path == "/v1/adapters/sql"
     with pytest.raises(ValueError, match="name is empty"):
         talk(server, lambda c: c.adapters.retrieve(""))
+
+
+def test_adapters_are_loaded_unloaded_and_pinned(talk: Any) -> None:
+    server = Recorder(ADAPTER)
+    loaded = talk(server, lambda c: c.adapters.load("sql", source="hf://org/sql", pinned=False))
+    assert loaded.state == "unloaded"
+    (request,) = server.requests
+    assert (request.method, request.url.path) == ("PUT", "/v1/adapters/sql")
+    assert server.body == {"source": "hf://org/sql", "pinned": False}
+
+    server = Recorder(ADAPTER)
+    talk(server, lambda c: c.adapters.load("sql", expected_generation="5d1"))
+    assert server.body == {"expected_generation": "5d1"}
+    for action in ("pin", "unpin"):
+        server = Recorder(ADAPTER)
+        talk(server, lambda c, action=action: getattr(c.adapters, action)("a b"))
+        (request,) = server.requests
+        assert (request.method, request.url.raw_path.decode()) == (
+            "POST",
+            f"/v1/adapters/a%20b/{action}",
+        )
+
+    server = Recorder({"id": "sql", "object": "adapter", "deleted": True})
+    assert talk(server, lambda c: c.adapters.unload("sql")).deleted
+    (request,) = server.requests
+    assert (request.method, request.content) == ("DELETE", b"")
+
+
+def test_the_admin_key_goes_where_it_is_needed_alone(
+    talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(call: Any, **keys: str) -> str:
+        server = Recorder(ADAPTER)
+        talk(server, call, **keys)
+        return str(server.requests[0].headers["authorization"])
+
+    both = {"api_key": "user", "admin_key": "root"}
+    assert key(lambda c: c.adapters.load("sql"), **both) == "Bearer root"
+    assert key(lambda c: c.adapters.pin("sql"), **both) == "Bearer root"
+    assert key(lambda c: c.adapters.retrieve("sql"), **both) == "Bearer user"
+    assert key(lambda c: c.adapters.load("sql"), api_key="user") == "Bearer user"
+    monkeypatch.setenv("MALORA_ADMIN_KEY", "from-env")
+    assert key(lambda c: c.adapters.unpin("sql"), api_key="user") == "Bearer from-env"
 
 
 def test_tokenize_and_detokenize(talk: Any) -> None:

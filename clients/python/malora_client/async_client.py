@@ -27,6 +27,7 @@ from malora_client.types import (
     ChatCompletionChunk,
     Completion,
     CompletionChunk,
+    Deleted,
     Health,
     Listing,
     Model,
@@ -42,7 +43,8 @@ class AsyncClient(BaseClient[httpx.AsyncClient]):
     """A MALoRA server's client, for the tasks of one event loop.
 
     base_url: the server, else MALORA_BASE_URL, else http://127.0.0.1:8000. api_key: else
-    MALORA_API_KEY; sent as a bearer token. timeout: seconds, an `httpx.Timeout`, or None for
+    MALORA_API_KEY; sent as a bearer token. admin_key: else MALORA_ADMIN_KEY, else the API key; sent
+    to load, unload and pin adapters. timeout: seconds, an `httpx.Timeout`, or None for
     ever; in a stream it bounds each wait for the next chunk. max_retries: how often a request is
     sent again after a failure that may pass. http_client: one of yours, for proxies or
     certificates; closing it stays yours.
@@ -55,12 +57,13 @@ class AsyncClient(BaseClient[httpx.AsyncClient]):
         *,
         base_url: str | None = None,
         api_key: str | None = None,
+        admin_key: str | None = None,
         timeout: Timeout = DEFAULT_TIMEOUT,
         max_retries: int = DEFAULT_MAX_RETRIES,
         http_client: httpx.AsyncClient | None = None,
     ) -> None:
         super().__init__(
-            Settings.resolve(base_url, api_key, timeout, max_retries),
+            Settings.resolve(base_url, api_key, admin_key, timeout, max_retries),
             http_client or httpx.AsyncClient(limits=LIMITS),
             owns_http=http_client is None,
         )
@@ -225,3 +228,33 @@ class AsyncAdapters:
 
     async def retrieve(self, name: str) -> Adapter:
         return await self._client._request(calls.retrieve_adapter(name))
+
+    async def load(
+        self,
+        name: str,
+        *,
+        source: str | None = None,
+        pinned: bool | None = None,
+        expected_generation: str | None = None,
+    ) -> Adapter:
+        """Load an adapter, in place of what the name stood for; requests in flight keep that.
+
+        source: a folder under the server's adapters folder, hf://org/name[@revision][/folder] or
+        s3://bucket/prefix; else where it came from before, or the folder of its name. pinned: keep
+        it on the device. expected_generation: replace that one alone, else `ConflictError`.
+        """
+        return await self._client._request(
+            calls.load_adapter(name, source, pinned, expected_generation)
+        )
+
+    async def unload(self, name: str) -> Deleted:
+        """Serve an adapter no more; its memory is free once requests in flight are done."""
+        return await self._client._request(calls.unload_adapter(name))
+
+    async def pin(self, name: str) -> Adapter:
+        """Keep an adapter on the device."""
+        return await self._client._request(calls.pin_adapter(name, True))
+
+    async def unpin(self, name: str) -> Adapter:
+        """Let an adapter leave the device when others need the room."""
+        return await self._client._request(calls.pin_adapter(name, False))

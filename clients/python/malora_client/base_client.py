@@ -37,7 +37,7 @@ class BaseClient(Generic[HttpT]):
         return self._http.build_request(
             call.method,
             self._settings.base_url + call.path,
-            headers={**self._settings.headers, **call.headers},
+            headers={**self._settings.headers(admin=call.is_admin), **call.headers},
             content=call.content,
             timeout=self._settings.timeout,
         )

@@ -23,6 +23,7 @@ from malora_client.types import (
     ChatCompletionChunk,
     Completion,
     CompletionChunk,
+    Deleted,
     Health,
     Listing,
     Model,
@@ -41,10 +42,14 @@ class Call(Generic[ReplyT]):
     path: str
     reply: type[ReplyT]
     body: Mapping[str, object] | None = None
+    verb: str | None = None
+    """The method, where it is another than the body tells."""
+    is_admin: bool = False
+    """Whether it changes the server's adapters, which takes the admin key."""
 
     @property
     def method(self) -> str:
-        return "GET" if self.body is None else "POST"
+        return self.verb or ("GET" if self.body is None else "POST")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -153,6 +158,23 @@ def list_adapters() -> Call[Listing[Adapter]]:
 
 def retrieve_adapter(name: str) -> Call[Adapter]:
     return Call(f"/v1/adapters/{_segment(name)}", Adapter)
+
+
+def load_adapter(
+    name: str, source: str | None, pinned: bool | None, expected_generation: str | None
+) -> Call[Adapter]:
+    fields = {"source": source, "pinned": pinned, "expected_generation": expected_generation}
+    body = {field: value for field, value in fields.items() if value is not None}
+    return Call(f"/v1/adapters/{_segment(name)}", Adapter, body, "PUT", is_admin=True)
+
+
+def unload_adapter(name: str) -> Call[Deleted]:
+    return Call(f"/v1/adapters/{_segment(name)}", Deleted, verb="DELETE", is_admin=True)
+
+
+def pin_adapter(name: str, pinned: bool) -> Call[Adapter]:
+    action = "pin" if pinned else "unpin"
+    return Call(f"/v1/adapters/{_segment(name)}/{action}", Adapter, {}, is_admin=True)
 
 
 def health() -> Call[Health]:

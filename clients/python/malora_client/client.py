@@ -27,6 +27,7 @@ from malora_client.types import (
     ChatCompletionChunk,
     Completion,
     CompletionChunk,
+    Deleted,
     Health,
     Listing,
     Model,
@@ -42,7 +43,8 @@ class Client(BaseClient[httpx.Client]):
     """A MALoRA server's client; safe to share between threads.
 
     base_url: the server, else MALORA_BASE_URL, else http://127.0.0.1:8000. api_key: else
-    MALORA_API_KEY; sent as a bearer token. timeout: seconds, an `httpx.Timeout`, or None for
+    MALORA_API_KEY; sent as a bearer token. admin_key: else MALORA_ADMIN_KEY, else the API key; sent
+    to load, unload and pin adapters. timeout: seconds, an `httpx.Timeout`, or None for
     ever; in a stream it bounds each wait for the next chunk. max_retries: how often a request is
     sent again after a failure that may pass. http_client: one of yours, for proxies or
     certificates; closing it stays yours.
@@ -55,12 +57,13 @@ class Client(BaseClient[httpx.Client]):
         *,
         base_url: str | None = None,
         api_key: str | None = None,
+        admin_key: str | None = None,
         timeout: Timeout = DEFAULT_TIMEOUT,
         max_retries: int = DEFAULT_MAX_RETRIES,
         http_client: httpx.Client | None = None,
     ) -> None:
         super().__init__(
-            Settings.resolve(base_url, api_key, timeout, max_retries),
+            Settings.resolve(base_url, api_key, admin_key, timeout, max_retries),
             http_client or httpx.Client(limits=LIMITS),
             owns_http=http_client is None,
         )
@@ -225,3 +228,31 @@ class Adapters:
 
     def retrieve(self, name: str) -> Adapter:
         return self._client._request(calls.retrieve_adapter(name))
+
+    def load(
+        self,
+        name: str,
+        *,
+        source: str | None = None,
+        pinned: bool | None = None,
+        expected_generation: str | None = None,
+    ) -> Adapter:
+        """Load an adapter, in place of what the name stood for; requests in flight keep that.
+
+        source: a folder under the server's adapters folder, hf://org/name[@revision][/folder] or
+        s3://bucket/prefix; else where it came from before, or the folder of its name. pinned: keep
+        it on the device. expected_generation: replace that one alone, else `ConflictError`.
+        """
+        return self._client._request(calls.load_adapter(name, source, pinned, expected_generation))
+
+    def unload(self, name: str) -> Deleted:
+        """Serve an adapter no more; its memory is free once requests in flight are done."""
+        return self._client._request(calls.unload_adapter(name))
+
+    def pin(self, name: str) -> Adapter:
+        """Keep an adapter on the device."""
+        return self._client._request(calls.pin_adapter(name, True))
+
+    def unpin(self, name: str) -> Adapter:
+        """Let an adapter leave the device when others need the room."""
+        return self._client._request(calls.pin_adapter(name, False))

@@ -30,10 +30,11 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """A client's settings, checked. The key never shows in the repr."""
+    """A client's settings, checked. The keys never show in the repr."""
 
     base_url: str
     api_key: str | None = field(repr=False)
+    admin_key: str | None = field(repr=False)
     timeout: Timeout
     max_retries: int
 
@@ -47,29 +48,37 @@ class Settings:
         if self.max_retries < 0:
             raise MaloraError(f"max_retries must be 0 or more, but is {self.max_retries}.")
         # The HTTP layer would refuse such a header with the key in its message.
-        if self.api_key is not None and not all("!" <= char <= "~" for char in self.api_key):
-            raise MaloraError(
-                "api_key holds a space, a line break or another character that no HTTP header "
-                "may carry; check how it was read."
-            )
+        for name, key in (("api_key", self.api_key), ("admin_key", self.admin_key)):
+            if key is not None and not all("!" <= char <= "~" for char in key):
+                raise MaloraError(
+                    f"{name} holds a space, a line break or another character that no HTTP header "
+                    "may carry; check how it was read."
+                )
 
     @classmethod
     def resolve(
-        cls, base_url: str | None, api_key: str | None, timeout: Timeout, max_retries: int
+        cls,
+        base_url: str | None,
+        api_key: str | None,
+        admin_key: str | None,
+        timeout: Timeout,
+        max_retries: int,
     ) -> Settings:
-        """Fill in what was not given from MALORA_BASE_URL, MALORA_API_KEY and the defaults."""
+        """Fill in what was not given from MALORA_… variables and the defaults."""
         base_url = base_url or os.environ.get("MALORA_BASE_URL") or DEFAULT_BASE_URL
         return cls(
             # openai's base URLs end in /v1; ours names the server, since /tokenize lies beside it.
             base_url=base_url.rstrip("/").removesuffix("/v1"),
             api_key=api_key or os.environ.get("MALORA_API_KEY") or None,
+            admin_key=admin_key or os.environ.get("MALORA_ADMIN_KEY") or None,
             timeout=timeout,
             max_retries=max_retries,
         )
 
-    @property
-    def headers(self) -> dict[str, str]:
+    def headers(self, *, admin: bool) -> dict[str, str]:
+        """Those of every request; `admin`: of one that takes the admin key."""
         headers = {"User-Agent": f"malora-client/{__version__}"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
+        key = (self.admin_key if admin else None) or self.api_key
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
         return headers

@@ -9,10 +9,6 @@ from malora_client.types.chat import (
     ChatLogprobs,
     ChatMessage,
     ChatTokenLogprob,
-    FunctionCall,
-    FunctionCallDelta,
-    ToolCall,
-    ToolCallDelta,
     TopLogprob,
 )
 from malora_client.types.completion import (
@@ -21,7 +17,7 @@ from malora_client.types.completion import (
     CompletionChunk,
     Logprobs,
 )
-from malora_client.types.server import Adapter, Health, Model, Text, Tokens
+from malora_client.types.server import Adapter, Deleted, Health, Model, Text, Tokens
 from malora_client.types.shared import (
     ExpertGate,
     Listing,
@@ -44,9 +40,8 @@ __all__ = [
     "Completion",
     "CompletionChoice",
     "CompletionChunk",
+    "Deleted",
     "ExpertGate",
-    "FunctionCall",
-    "FunctionCallDelta",
     "Health",
     "Listing",
     "Logprobs",
@@ -56,8 +51,6 @@ __all__ = [
     "Routing",
     "Text",
     "Tokens",
-    "ToolCall",
-    "ToolCallDelta",
     "TopLogprob",
     "Usage",
 ]

@@ -18,10 +18,30 @@ class Model(Reply):
 
 
 class Adapter(Reply):
-    """An adapter the server knows. `error` says why it can't be served; then `digest` is ''."""
+    """An adapter the server knows.
+
+    `state` tells where its weights are: unloaded (on disk alone), loading, host, device (and host),
+    or failed, for a reason that `error` tells. What only the weights tell is 0 or None until they
+    were read once.
+    """
 
     name: str
-    digest: str
+    state: str
+    source: str
+    """Where it came from: a folder under the adapters folder, hf://… or s3://…."""
+    generation: str | None = None
+    """Names the content; the replies it serves have it as their `system_fingerprint`."""
+    digest: str | None = None
+    """sha256 of all that decides its outputs; `generation` is its beginning."""
+    pinned: bool = False
+    device_bytes: int = 0
+    host_bytes: int = 0
+    """A basis that several adapters share is counted for each of them."""
+    load_seconds: float | None = None
+    in_flight: int = 0
+    """Requests of this generation that run or wait."""
+    last_used: float | None = None
+    """Unix seconds."""
     peft_type: str
     num_experts: int
     top_k: int
@@ -33,6 +53,14 @@ class Adapter(Reply):
     created: int
     """Unix seconds."""
     error: str | None = None
+    error_code: str | None = None
+
+
+class Deleted(Reply):
+    """An adapter that is served no more."""
+
+    id: str
+    deleted: bool
 
 
 class Tokens(Reply):

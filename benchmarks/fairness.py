@@ -25,7 +25,7 @@ from benchmarks import models
 from malora.base_model import PATH
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
-from malora_server.engine.messages import SamplingParams, Submit
+from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
 
 LIGHT = 9
 PROMPT_TOKENS = 32
@@ -47,9 +47,9 @@ def main(
         models.save_adapters(base, adapters, LIGHT + 1, models.lora(), "lora")
         config = EngineConfig(base=str(base), adapters=str(adapters), max_num_seqs=max_num_seqs)
         core = EngineCore(config)
-        _serve(core, rate, new_tokens, flood_tokens, 1, flood=True)
-        alone = _serve(core, rate, new_tokens, flood_tokens, seconds, flood=False)
-        flooded = _serve(core, rate, new_tokens, flood_tokens, seconds, flood=True)
+        _serve(core, adapters, rate, new_tokens, flood_tokens, 3, flood=True)  # loads them
+        alone = _serve(core, adapters, rate, new_tokens, flood_tokens, seconds, flood=False)
+        flooded = _serve(core, adapters, rate, new_tokens, flood_tokens, seconds, flood=True)
     table = Table("latency, ms", "alone", "flooded", "ratio", title=f"batches of {max_num_seqs}")
     results = {}
     for percentile in (50, 99):
@@ -62,7 +62,13 @@ def main(
 
 
 def _serve(
-    core: EngineCore, rate: float, new_tokens: int, flood_tokens: int, seconds: int, flood: bool
+    core: EngineCore,
+    adapters: Path,
+    rate: float,
+    new_tokens: int,
+    flood_tokens: int,
+    seconds: int,
+    flood: bool,
 ) -> list[float]:
     """The nine's latencies in seconds, from when each request was due."""
     rng = np.random.default_rng(0)
@@ -72,7 +78,6 @@ def _serve(
         for i in range(LIGHT)
         for turn in range(int(seconds * rate))
     )
-    digests = {info.name: info.digest for info in core.ready.adapters}
     waiting: dict[str, float] = {}
     backlog: set[str] = set()
     latencies: list[float] = []
@@ -87,8 +92,7 @@ def _serve(
                 request_id=str(sent),
                 prompt_token_ids=rng.integers(1, 4096, PROMPT_TOKENS).tolist(),
                 sampling=sampling,
-                adapter=adapter,
-                digest=digests[adapter],
+                adapter=AdapterVersion(adapter, path=str(adapters / adapter)),
             )
         )
         if failure is not None:

@@ -26,7 +26,7 @@ from typer import Option
 from malora.format import AdaptedLinear
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
-from malora_server.engine.messages import SamplingParams, Submit
+from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
 from malora_server.model.quantization import Quantization, quantizer
 
 PROMPT_TOKENS = 256
@@ -128,7 +128,7 @@ def main(
                 if (of or "") == kind:
                     _measure(core, shape, size, row, (kind, used, among), prefill, results)
         if kind:
-            _remove_adapters(core)
+            _remove_adapters(core, kind)
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=2))
     _print(results, shape, batches)
@@ -185,7 +185,6 @@ def _engine(shape: str, max_batch: int, quantization: Quantization | None) -> En
 def _add_adapters(core: EngineCore, kind: str, count: int = 64) -> None:
     """Random adapters, straight to the device. All share the CPU's copy of their up-projections."""
     of = KINDS[kind]
-    store = core._adapters
     generator = torch.Generator().manual_seed(0)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -215,14 +214,13 @@ def _add_adapters(core: EngineCore, kind: str, count: int = 64) -> None:
             )
         first = first or linears
         name = f"{kind}-{number}"
-        store._resident[name] = store._memory.add(name, linears)
+        core.adapters.add(name, linears)
 
 
-def _remove_adapters(core: EngineCore) -> None:
-    store = core._adapters
+def _remove_adapters(core: EngineCore, kind: str, count: int = 64) -> None:
     core._runner._runs_key, core._runner._runs, core._runner._plan = (), [], None
-    for name in list(store._resident):
-        store._memory.remove(store._resident.pop(name))
+    for number in range(count):
+        core.adapters.remove(f"{kind}-{number}")
     torch.cuda.empty_cache()
 
 
@@ -245,8 +243,7 @@ def _submit(core: EngineCore, names: list[str | None], new_tokens: int) -> None:
                 request_id=str(number),
                 prompt_token_ids=ids,
                 sampling=sampling,
-                adapter=name,
-                digest=name,
+                adapter=None if name is None else AdapterVersion(name),
             )
         )
         if failure is not None:

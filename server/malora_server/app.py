@@ -20,9 +20,10 @@ import uvloop
 from fastapi import FastAPI
 from pydantic import ByteSize
 
-from malora_server.api import chat, completions, models, system, tokenize
+from malora_server.api import adapters, chat, completions, models, system, tokenize
 from malora_server.api.admission import Admission, KeyLimit
 from malora_server.api.auth import Authentication
+from malora_server.api.changes import AdapterChanges
 from malora_server.api.errors import install_error_handlers
 from malora_server.api.grammars import GrammarChecker
 from malora_server.api.middleware import BodyLimit, RequestContext
@@ -30,7 +31,7 @@ from malora_server.api.registry import ModelRegistry
 from malora_server.api.state import ServerState
 from malora_server.api.tokenizer import Tokenizer
 from malora_server.connections import Connection
-from malora_server.engine.client import EngineClient, EngineStartError
+from malora_server.engine.client import EngineStartError
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.supervisor import EngineSupervisor
 from malora_server.logs import configure_logging
@@ -63,12 +64,9 @@ def create_app(
 ) -> FastAPI:
     """The ASGI application over a started engine; StartError where names clash."""
     metrics = Metrics(engine, settings.base_name, settings.max_metric_models)
-    registry = ModelRegistry(settings.base_name, engine.ready.adapters)
-
-    async def on_restart(client: EngineClient) -> None:
-        registry.update(client.ready.adapters)
-
-    engine.on_restart = on_restart
+    registry = ModelRegistry(settings.base_name, settings.adapters, engine)
+    engine.on_adapter = registry.on_status
+    engine.on_restart = registry.on_restart
     engine.on_report = metrics.add_report
     app = FastAPI(title="malora")
     app.state.server = ServerState(
@@ -76,6 +74,7 @@ def create_app(
         engine=engine,
         tokenizer=tokenizer,
         registry=registry,
+        changes=AdapterChanges(registry),
         metrics=metrics,
         admission=Admission(engine, settings),
         grammars=GrammarChecker(
@@ -83,7 +82,7 @@ def create_app(
         ),
     )
     install_error_handlers(app)
-    for module in (completions, chat, models, tokenize, system):
+    for module in (completions, chat, models, adapters, tokenize, system):
         app.include_router(module.router)
     seconds = settings.client_timeout
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_size, seconds=seconds)
@@ -261,7 +260,9 @@ async def serve(
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     listener.listen(config.backlog)  # so that what the next line says is true
     logger.info("serving %s on http://%s:%d", settings.base_name, host, port)
+    watching = asyncio.create_task(app.state.server.registry.watch())
     await server.serve(sockets=[listener])
+    watching.cancel()
     if engine.failure is not None:
         raise EngineFailedError(engine.failure)
 

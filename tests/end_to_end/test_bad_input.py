@@ -78,8 +78,8 @@ BAD = [
     body("max_tokens beyond the context", "max_tokens", "context_length_exceeded", max_tokens=1024),
     body("no such model", "model", "model_not_found", 404, model="nobody"),
     body("a model like a path", "model", "model_not_found", 404, model="../experts"),
-    body("an adapter with a NaN", "model", "adapter_invalid", model="nan"),
-    body("an adapter for another base", "model", "adapter_invalid", model="stranger"),
+    body("an adapter with a NaN", "model", "adapter_not_finite", model="nan"),
+    body("an adapter for another base", "model", "adapter_base_mismatch", model="stranger"),
     body("a field nobody knows", "temprature", "unknown_parameter", temprature=1),
     body("no prompt", "prompt", "missing_required_parameter", drop="prompt"),
     body("no model", "model", "missing_required_parameter", drop="model"),
@@ -202,7 +202,7 @@ def test_the_sdk_raises_the_servers_words_as_classes(client: Client) -> None:
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(BadRequestError) as broken:
         client.completions.create(model="nan", prompt="x")
-    assert broken.value.code == "adapter_invalid"
+    assert broken.value.code == "adapter_not_finite"
     assert "NaN" in broken.value.message
     with pytest.raises(BadRequestError) as long:
         client.completions.create(model="base", prompt=WORDS, stream=True)

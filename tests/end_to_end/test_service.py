@@ -8,10 +8,11 @@ import httpx
 import openai
 import pytest
 
-from malora_client import AsyncClient, Client
+from malora_client import AsyncClient, BadRequestError, Client
 from malora_server.engine.llm import LLM
 
 MODELS = ["base", "experts", "compact", "dense", "lora"]
+BROKEN = {"nan": "adapter_not_finite", "stranger": "adapter_base_mismatch"}
 ROUTED = {"experts": (8, 2), "compact": (4, 1), "dense": (3, 3)}
 """Experts, and how many of them a token takes."""
 PROMPTS = [
@@ -40,6 +41,9 @@ def text_of(client: Client, **params: Any) -> str:
 def test_models_are_the_base_and_every_sound_adapter(
     client: Client, openai_client: openai.OpenAI
 ) -> None:
+    for broken in BROKEN:  # as is found out when it is first used
+        with pytest.raises(BadRequestError):
+            client.completions.create(model=broken, prompt="x")
     models = {model.id: model for model in client.models.list()}
     assert sorted(models) == sorted(MODELS)
     assert models["base"].parent is None
@@ -50,6 +54,11 @@ def test_models_are_the_base_and_every_sound_adapter(
 
 
 def test_adapters_are_described_and_broken_ones_say_why(client: Client) -> None:
+    for name in MODELS[1:]:
+        text_of(client, model=name, prompt="x", max_tokens=1)
+    for broken in BROKEN:
+        with pytest.raises(BadRequestError):
+            client.completions.create(model=broken, prompt="x")
     adapters = {adapter.name: adapter for adapter in client.adapters.list()}
     assert sorted(adapters) == sorted([*MODELS[1:], "nan", "stranger"])
     shapes = {
@@ -63,7 +72,9 @@ def test_adapters_are_described_and_broken_ones_say_why(client: Client) -> None:
     assert adapters["compact"].target_modules == ["down_proj", "q_proj", "v_proj"]
     assert len({adapters[name].digest for name in MODELS[1:]}) == 4
     assert all(adapters[name].error is None for name in MODELS[1:])
-    nan, stranger = (client.adapters.retrieve(name).error or "" for name in ("nan", "stranger"))
+    assert {adapters[name].state for name in MODELS[1:]} == {"device"}
+    assert {adapters[name].error_code for name in BROKEN} == set(BROKEN.values())
+    nan, stranger = (client.adapters.retrieve(name).error or "" for name in BROKEN)
     assert "NaN" in nan
     assert "another base model" in stranger
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,7 +14,7 @@ from malora_server.api.grammars import grammar_of
 from malora_server.api.limits import check_limits
 from malora_server.api.protocol import ChatCompletionRequest
 from malora_server.api.sampling import TokenLimits, check_logprobs, sampling_params
-from malora_server.api.state import Record, Server, ServerState
+from malora_server.api.state import Record, Server
 from malora_server.api.streaming import (
     CLIENT_CLOSED_REQUEST,
     ChunkFrame,
@@ -22,9 +23,6 @@ from malora_server.api.streaming import (
     encode_json,
 )
 from malora_server.api.tokenizer import Tokenizer
-from malora_server.api.tool_parser import FORMATS
-from malora_server.api.tool_reply import ToolReply
-from malora_server.api.tools import OfferedTools, offered_tools
 
 router = APIRouter()
 
@@ -33,16 +31,8 @@ class ChatWriter:
     """A chat completion's choices, whole or in chunks."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        generation: Generation,
-        body: ChatCompletionRequest,
-        offered: OfferedTools | None,
+        self, tokenizer: Tokenizer, generation: Generation, body: ChatCompletionRequest
     ) -> None:
-        """offered: the tools that the replies may call."""
-        self._replies = (
-            None if offered is None else [ToolReply(offered.parser()) for _ in generation.choices]
-        )
         self._tokenizer = tokenizer
         self._generation = generation
         self._wants_logprobs = bool(body.logprobs)
@@ -50,15 +40,20 @@ class ChatWriter:
         self._plain = not self._wants_logprobs and not self._wants_routing
         self._unstarted = {choice.index for choice in generation.choices}
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        frame = ChunkFrame(generation, self._id, "chat.completion.chunk", with_usage=with_usage)
+        self._frame = frame = ChunkFrame(
+            generation, self._id, "chat.completion.chunk", with_usage=with_usage
+        )
         self.usage_chunk = frame.usage_chunk
-        self._bare_heads = frame.heads
-        self._heads = [head + b',"delta":{"content":' for head in frame.heads]
-        self._first_heads = [
-            head + b',"delta":{"role":"assistant","content":' for head in frame.heads
-        ]
         self._tail = frame.tail
         self._plain_tail = b'},"logprobs":null,"finish_reason":null' + frame.tail
+
+    @cached_property
+    def _heads(self) -> list[bytes]:
+        return self._frame.heads(b',"delta":{"content":')
+
+    @cached_property
+    def _first_heads(self) -> list[bytes]:
+        return self._frame.heads(b',"delta":{"role":"assistant","content":')
 
     @property
     def _id(self) -> str:
@@ -67,8 +62,6 @@ class ChatWriter:
     def chunk(self, delta: Delta) -> bytes:
         """The event for a delta; a choice's first one names the role."""
         index = delta.index
-        if self._replies is not None:
-            return self._chunk_with_calls(delta, self._replies[index])
         heads = self._heads
         if index in self._unstarted:
             self._unstarted.discard(index)
@@ -81,19 +74,6 @@ class ChatWriter:
         details = encode_json(self._details([delta]))
         return heads[index] + text + b"}," + details[1:-1] + self._tail
 
-    def _chunk_with_calls(self, delta: Delta, reply: ToolReply) -> bytes:
-        index = delta.index
-        added = reply.add(delta)
-        if index in self._unstarted:
-            self._unstarted.discard(index)
-            added = {"role": "assistant", "content": None, **added}
-        elif not added and self._plain and delta.finish_reason is None:
-            return b""
-        details = self._details([delta])
-        details["finish_reason"] = reply.finish_reason(delta)
-        fields = encode_json({"delta": added, **details})
-        return self._bare_heads[index] + b"," + fields[1:-1] + self._tail
-
     def reply(self, collected: list[list[Delta]]) -> bytes:
         """The whole reply."""
         model = self._generation.model
@@ -103,25 +83,21 @@ class ChatWriter:
                 "object": "chat.completion",
                 "created": self._generation.created,
                 "model": model.name,
-                "system_fingerprint": model.fingerprint,
+                "system_fingerprint": self._generation.fingerprint,
                 "choices": [
-                    {"index": index, **self._choice(deltas)}
+                    {
+                        "index": index,
+                        "message": {
+                            "role": "assistant",
+                            "content": "".join(delta.text for delta in deltas),
+                        },
+                        **self._details(deltas),
+                    }
                     for index, deltas in enumerate(collected)
                 ],
                 "usage": self._generation.usage(),
             }
         )
-
-    def _choice(self, deltas: list[Delta]) -> dict[str, Any]:
-        details = self._details(deltas)
-        if self._replies is None:
-            content = "".join(delta.text for delta in deltas)
-            return {"message": {"role": "assistant", "content": content}, **details}
-        reply = self._replies[deltas[0].index]
-        for delta in deltas:
-            reply.add(delta)
-        details["finish_reason"] = reply.finish_reason(deltas[-1])
-        return {"message": reply.message(), **details}
 
     def _details(self, deltas: list[Delta]) -> dict[str, Any]:
         details: dict[str, Any] = {
@@ -137,15 +113,6 @@ class ChatWriter:
         return details
 
 
-async def _grammar(
-    server: ServerState, body: ChatCompletionRequest, offered: OfferedTools | None
-) -> str | None:
-    calls = None if offered is None else offered.grammar()
-    if calls is not None:
-        return await server.grammars.check("calls", calls, "tools")
-    return await grammar_of(server.grammars, body)
-
-
 @router.post("/v1/chat/completions")
 async def chat_completions(
     body: ChatCompletionRequest, request: Request, server: Server, record: Record
@@ -159,10 +126,7 @@ async def chat_completions(
     if body.max_tokens == 0:
         raise invalid("max_tokens", "max_tokens must be at least 1.")
     check_limits(server, body, num_prompts=1)
-    format = FORMATS[server.settings.tool_call_parser]
-    offered = offered_tools(format, body)
-    tools = () if offered is None else offered.tools
-    prompt = server.tokenizer.render_chat(body.messages, tools, format)
+    prompt = server.tokenizer.render_chat(body.messages)
     add = bool(body.add_special_tokens)
     token_ids = await server.tokenizer.encode(prompt, add_special_tokens=add)
     if not token_ids:
@@ -176,10 +140,10 @@ async def chat_completions(
         body,
         max_tokens=limits.resolve(len(token_ids), server),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await _grammar(server, body, offered),
+        grammar=await grammar_of(server.grammars, body),
     )
     generation = Generation(server, record, model, body, [(token_ids, params)])
-    writer = ChatWriter(server.tokenizer, generation, body, offered)
+    writer = ChatWriter(server.tokenizer, generation, body)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(generation, writer, record, with_usage=with_usage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -52,12 +53,17 @@ class CompletionWriter:
         self._skip_special_tokens = body.skip_special_tokens is not False
         self._unstarted = {i for i, echo in enumerate(echoes) if echo}
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        frame = ChunkFrame(generation, self._id, "text_completion", with_usage=with_usage)
+        self._frame = frame = ChunkFrame(
+            generation, self._id, "text_completion", with_usage=with_usage
+        )
         self.usage_chunk = frame.usage_chunk
-        self._heads = [head + b',"text":' for head in frame.heads]
         self._tail = frame.tail
         self._plain_tail = b',"logprobs":null,"finish_reason":null,"stop_reason":null' + frame.tail
         self._plain = not self._wants_logprobs and not self._wants_routing
+
+    @cached_property
+    def _heads(self) -> list[bytes]:
+        return self._frame.heads(b',"text":')
 
     @property
     def _id(self) -> str:
@@ -85,7 +91,7 @@ class CompletionWriter:
                 "object": "text_completion",
                 "created": self._generation.created,
                 "model": model.name,
-                "system_fingerprint": model.fingerprint,
+                "system_fingerprint": self._generation.fingerprint,
                 "choices": [
                     {"index": index, **self._choice(deltas, echo=True)}
                     for index, deltas in enumerate(collected)

@@ -13,7 +13,7 @@ import msgspec
 from malora_server.api.admission import Place
 from malora_server.api.errors import ApiError, engine_dead
 from malora_server.api.protocol import GenerationRequest
-from malora_server.api.registry import ServedModel
+from malora_server.api.registry import ServedModel, refusal
 from malora_server.api.sampling import nth_choice
 from malora_server.api.state import RequestRecord, ServerState
 from malora_server.engine.client import EngineDeadError
@@ -133,6 +133,9 @@ class Choice:
         finish_reason: str | None = output.finish_reason
         if finish_reason == "error" and output.error_code == "invalid_grammar":
             raise ApiError(400, f"{output.error}.", code=output.error_code)
+        if finish_reason == "error" and output.error_code and self.submit.adapter is not None:
+            name = self.submit.adapter.name
+            raise refusal(name, output.error, output.error_code, "model")
         if finish_reason == "error":
             raise ApiError(
                 500, f"The engine refused the request: {output.error}.", code="engine_error"
@@ -204,6 +207,7 @@ class Generation:
         self.model = model
         self.created = int(time.time())
         self.request_id = record.request_id
+        self._fingerprint = ""
         self._server = server
         self._record = record
         self._num_choices = body.n or 1
@@ -218,8 +222,7 @@ class Generation:
                     request_id=f"{record.engine_id}-{index}",
                     prompt_token_ids=token_ids,
                     sampling=nth_choice(params, nth),
-                    adapter=model.adapter.name if model.adapter else None,
-                    digest=model.digest,
+                    adapter=model.version,
                     priority=body.priority or 0,
                 ),
                 IncrementalDetokenizer(
@@ -244,7 +247,6 @@ class Generation:
         record.sampling = prompts[0][1]
         record.num_choices = self._num_choices
         record.stream = bool(body.stream)
-        record.generation = model.fingerprint
         record.prompt_tokens = self._num_prompt_tokens
 
     async def batches(self) -> AsyncGenerator[list[Delta]]:
@@ -254,7 +256,10 @@ class Generation:
         """
         try:
             prompt_lengths = [len(choice.submit.prompt_token_ids) for choice in self.choices]
-            with self._server.admission.admit(prompt_lengths) as places:
+            with (
+                self._server.admission.admit(prompt_lengths) as places,
+                self._server.registry.in_use(self.model),
+            ):
                 if len(self.choices) == 1:
                     async with aclosing(self.choices[0].run(self._server, places[0])) as deltas:
                         async for delta in deltas:
@@ -274,6 +279,7 @@ class Generation:
         record.completion_tokens = self.num_generated
         record.cached_tokens = self.num_cached_tokens
         record.finish_reasons = reasons
+        record.generation = self.fingerprint
         started = [c for c in self.choices if c.time_to_first_token is not None]
         if started:
             first = min(started, key=lambda choice: choice.time_to_first_token or 0.0)
@@ -322,6 +328,13 @@ class Generation:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """Which generation of the model serves it; known from the first token on."""
+        if not self._fingerprint:
+            self._fingerprint = self.model.fingerprint
+        return self._fingerprint
 
     @property
     def num_generated(self) -> int:

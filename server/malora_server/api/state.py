@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 
 from malora_server.api.admission import Admission
+from malora_server.api.changes import AdapterChanges
 from malora_server.api.grammars import GrammarChecker
 from malora_server.api.registry import ModelRegistry
 from malora_server.api.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class ServerState:
     engine: EngineSupervisor
     tokenizer: Tokenizer
     registry: ModelRegistry
+    changes: AdapterChanges
     metrics: Metrics
     admission: Admission
     grammars: GrammarChecker

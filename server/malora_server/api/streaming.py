@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import cached_property
 from typing import Any, Protocol
 
 import anyio
@@ -40,21 +41,30 @@ class ChunkWriter(Protocol):
 
 
 class ChunkFrame:
-    """The parts of a stream's chunks that never change, encoded once."""
+    """The parts of a stream's chunks that never change, encoded once: with the first of them."""
 
     def __init__(self, generation: Generation, id: str, object: str, *, with_usage: bool) -> None:
-        self._envelope = {
-            "id": id,
-            "object": object,
-            "created": generation.created,
-            "model": generation.model.name,
-            "system_fingerprint": generation.model.fingerprint,
-        }
-        opening = b"data: " + encode_json(self._envelope)[:-1] + b',"choices":[{"index":'
-        self.heads = [opening + str(choice.index).encode() for choice in generation.choices]
-        """By choice: everything up to the choice's index."""
+        self._generation = generation
+        self._id = id
+        self._object = object
         self.tail = (b'}],"usage":null}' if with_usage else b"}]}") + b"\n\n"
         """Everything after the choice's last field."""
+
+    @cached_property
+    def _envelope(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": self._object,
+            "created": self._generation.created,
+            "model": self._generation.model.name,
+            "system_fingerprint": self._generation.fingerprint,
+        }
+
+    def heads(self, following: bytes) -> list[bytes]:
+        """By choice: everything up to the choice's index, and what follows it."""
+        opening = b"data: " + encode_json(self._envelope)[:-1] + b',"choices":[{"index":'
+        choices = self._generation.choices
+        return [opening + str(choice.index).encode() + following for choice in choices]
 
     def usage_chunk(self, usage: dict[str, Any]) -> bytes:
         """The chunk without choices."""

@@ -20,13 +20,17 @@ import zmq.asyncio
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.messages import (
     Abort,
+    AdapterStatus,
     EngineStats,
     Failed,
+    LoadAdapter,
     Message,
     Outputs,
+    PinAdapter,
     Ready,
     Reply,
     Report,
+    RetireAdapter,
     SequenceOutput,
     Stop,
     Submit,
@@ -69,6 +73,8 @@ class EngineClient:
         self.healthy = True
         self.on_report: Callable[[Report], None] | None = None
         """Called with every report of the engine."""
+        self.on_adapter: Callable[[AdapterStatus], None] | None = None
+        """Called with whatever happens to an adapter."""
         self._process = process
         self._sender = sender
         self._receiver = receiver
@@ -151,6 +157,11 @@ class EngineClient:
             if not finished and self.healthy:
                 self._send(Abort([submit.request_id]))
 
+    def tell(self, message: LoadAdapter | PinAdapter | RetireAdapter) -> None:
+        """Ask something of an adapter; `on_adapter` tells what became of it."""
+        if self.healthy:
+            self._send(message)
+
     async def stop(self, timeout: float) -> None:
         """Let requests in flight finish within `timeout` seconds, then end the process.
 
@@ -190,6 +201,9 @@ class EngineClient:
             self._heard = True
             if isinstance(reply, Outputs):
                 self.stats = reply.stats
+                if self.on_adapter is not None:
+                    for status in reply.adapters:
+                        self.on_adapter(status)
                 for output in reply.outputs:
                     queue = self._queues.get(output.request_id)
                     if queue is not None:

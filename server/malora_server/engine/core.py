@@ -23,17 +23,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from malora.kernels.batched import Routing
-from malora.kernels.resident import ResidentAdapter, ResidentAdapters
-from malora_server.adapters.memory import HostMemory
-from malora_server.adapters.store import AdapterStore
+from malora_server.adapters.store import AdapterError, StoredAdapter
+from malora_server.engine.adapter_memory import device_capacity, host_capacity, make_store
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.grammar import GrammarError, Grammars
 from malora_server.engine.kv_cache import BlockManager
 from malora_server.engine.messages import (
     EngineStats,
+    LoadAdapter,
     Outputs,
+    PinAdapter,
     Ready,
     Report,
+    RetireAdapter,
     SequenceOutput,
     SequenceStart,
     Submit,
@@ -64,11 +66,21 @@ _COMPILING_SECONDS = 0.02
 """How long a step waits for a grammar at most, where it has nothing else to do."""
 
 
+_CHANGED = AdapterError(
+    "adapter_changed",
+    "The adapter's files were replaced while the request waited for memory; send it again.",
+)
+_NO_ROOM = AdapterError(
+    "adapter_no_room",
+    "The adapter finds no room on the device beside those that are pinned there.",
+)
+
+
 @dataclass(slots=True)
 class _Request:
     """What the engine keeps of a request beside its sequence."""
 
-    adapter: ResidentAdapter | None
+    adapter: StoredAdapter | None
     arrived: float
     scheduled: float | None = None
     """When it was first part of a step; both on the monotonic clock."""
@@ -194,27 +206,24 @@ class EngineCore:
             model = load_model(config.base, config.dtype, device, config.quantization)
         self._loaded = loaded = prepare_model(model)
         device = loaded.device
-        capacity = _adapter_capacity(config, loaded)
-        if device.type == "cpu":  # whose kernel reads single precision
+        if device.type == "cpu":
             from malora.kernels import cpu
 
             cpu.compile_kernels()
-            memory = HostMemory(capacity, shared=False).tensor
-            resident = ResidentAdapters(loaded.groups, torch.float32, memory)
-        else:
-            memory = torch.empty(capacity, dtype=torch.uint8, device=device)
-            resident = ResidentAdapters(loaded.groups, loaded.dtype, memory)
-        root = Path(config.adapters) if config.adapters is not None else None
-        self._adapters = AdapterStore(root, loaded.spec, resident)
-        self._adapters.load_all()
+        device_bytes = device_capacity(config, loaded)
+        host_bytes = host_capacity(config, loaded, device_bytes)
+        self.adapters, resident = make_store(config, loaded, device_bytes, host_bytes)
+        """Where every adapter's weights are."""
         self._max_model_len = min(
             loaded.max_model_len, config.max_model_len or loaded.max_model_len
         )
-        num_blocks = _count_blocks(config, loaded, self._max_model_len, resident.capacity)
+        # On the CPU the adapters' memory is not taken before they are read.
+        reserved = 0 if device.type == "cuda" else device_bytes + host_bytes
+        num_blocks = _count_blocks(config, loaded, self._max_model_len, device_bytes, reserved)
         logger.info(
             "memory: %s bytes of weights, %s kept for adapters, %d blocks of KV cache",
             f"{loaded.num_bytes:,}",
-            f"{resident.capacity:,}",
+            f"{device_bytes:,}",
             num_blocks,
         )
         self._runner = ModelRunner(
@@ -228,7 +237,7 @@ class EngineCore:
         self._runner.capture(adapted=config.adapters is not None)
         self._blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
         self._scheduler = Scheduler(
-            self._blocks, config.max_num_seqs, config.max_num_batched_tokens
+            self._blocks, config.max_num_seqs, config.max_num_batched_tokens, self.adapters
         )
         self._grammars = _load_grammars(config, loaded) if has_tokenizer else None
         self._sampler = Sampler(self._grammars)
@@ -248,30 +257,67 @@ class EngineCore:
             block_size=config.block_size,
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(device),
-            adapters=self._adapters.infos(),
             eos_token_ids=loaded.eos_token_ids,
         )
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is waiting or running, or a step under way."""
-        return bool(self._scheduler.has_work or self._compiling or self._in_flight is not None)
+        """Whether any sequence is waiting or running, a step under way, or an adapter's load."""
+        return bool(
+            self._scheduler.has_work
+            or self._compiling
+            or self._in_flight is not None
+            or self.adapters.is_busy
+        )
+
+    @property
+    def is_runnable(self) -> bool:
+        """Whether a step would do anything now; else all that there is waits for the loader."""
+        return bool(
+            self._scheduler.is_runnable
+            or self._compiling
+            or self._in_flight is not None
+            or self.adapters.has_news
+            or self.adapters.waits_for_room() is not None
+        )
+
+    @property
+    def loader_fd(self) -> int:
+        """What becomes readable when an adapter is loaded; -1 while none is read from disk."""
+        return self.adapters.fileno()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until an adapter is loaded, at most so long."""
+        self.adapters.wait(seconds)
 
     def add(self, submit: Submit) -> SequenceOutput | None:
         """Queue a request; returns its end at once where it cannot be served."""
         try:
-            adapter = None if submit.adapter is None else self._adapters.get(submit.adapter)
+            adapter = None if submit.adapter is None else self.adapters.get(submit.adapter)
             sequence = Sequence(
-                submit, next(self._arrivals), self._loaded.eos_token_ids, self._max_model_len
+                submit,
+                next(self._arrivals),
+                self._loaded.eos_token_ids,
+                self._max_model_len,
+                adapter,
             )
-            if submit.sampling.grammar is None:
-                self._scheduler.add(sequence)
-            else:
-                self._compile(sequence, submit.sampling.grammar)
+            if adapter is not None:
+                self.adapters.enter(adapter)
+            try:
+                if submit.sampling.grammar is None:
+                    self._scheduler.add(sequence)
+                else:
+                    self._compile(sequence, submit.sampling.grammar)
+            except ValueError:
+                if adapter is not None:
+                    self.adapters.leave(adapter)
+                raise
+        except AdapterError as error:
+            return _failure(submit.request_id, str(error), error.code)
         except GrammarError as error:
             return _failure(submit.request_id, str(error), "invalid_grammar")
-        except (KeyError, ValueError) as error:
-            return _failure(submit.request_id, str(error.args[0]))
+        except ValueError as error:
+            return _failure(submit.request_id, str(error))
         self._requests[submit.request_id] = _Request(adapter, time.monotonic())
         return None
 
@@ -297,24 +343,43 @@ class EngineCore:
                 seq.matcher = self._grammars.matcher(future.result())
                 self._scheduler.add(seq)
             except ValueError as error:
-                del self._requests[request_id]
+                self._forget(request_id)
                 code = "invalid_grammar" if isinstance(error, GrammarError) else None
                 failures.append(_failure(request_id, str(error), code))
         return failures
+
+    def manage(self, message: LoadAdapter | PinAdapter | RetireAdapter) -> None:
+        """Do what is asked of an adapter; its status tells when it is done."""
+        match message:
+            case LoadAdapter(version):
+                self.adapters.load(version)
+            case PinAdapter(version, pinned):
+                self.adapters.pin(version, pinned)
+            case RetireAdapter(version):
+                self.adapters.retire(version)
 
     def abort(self, request_ids: list[str]) -> None:
         """Forget requests and free what they hold. Unknown ids are ignored."""
         for request_id in request_ids:
             waited = self._compiling.pop(request_id, None)
             if waited is not None or self._scheduler.abort(request_id) is not None:
-                del self._requests[request_id]
+                self._forget(request_id)
 
     def abort_all(self) -> Outputs:
         """Abort every request; the outputs tell whoever waits for them."""
         request_ids = list(self._requests)
         self.abort(request_ids)
         ends = [SequenceOutput(i, [], finish_reason="abort") for i in request_ids]
-        return Outputs(ends, self.stats())
+        return self.outputs(ends)
+
+    def outputs(self, outputs: list[SequenceOutput]) -> Outputs:
+        """These, and what else there is to tell."""
+        return Outputs(outputs, self.stats(), self.adapters.changes())
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether there is anything to tell of adapters."""
+        return self.adapters.has_changes
 
     def stats(self) -> EngineStats:
         """The state after the last step."""
@@ -326,6 +391,7 @@ class EngineCore:
             prefix_cache_hits=self._blocks.num_hit_tokens,
             preemptions=self._scheduler.num_preemptions,
             steps=self._steps,
+            adapters=self.adapters.stats(),
         )
 
     def report(self) -> Report | None:
@@ -337,7 +403,7 @@ class EngineCore:
 
         Where steps are not pipelined, that is this one itself.
         """
-        outputs: list[SequenceOutput] = []
+        outputs = self._advance_adapters()
         if self._in_flight is not None and self._in_flight.settles_first:
             outputs += self._settle()
         if self._compiling:
@@ -348,7 +414,30 @@ class EngineCore:
         self._in_flight = launched
         if not self._pipelined:
             outputs += self._settle()
-        return Outputs(outputs, self.stats())
+        return self.outputs(outputs)
+
+    def _advance_adapters(self) -> list[SequenceOutput]:
+        """Let sequences go on whose adapters have come; the ends of those whose adapters cannot."""
+        news = self.adapters.poll()
+        ends: list[SequenceOutput] = []
+        for adapter in news.loaded:
+            self._scheduler.adapter_loaded(adapter)
+        for adapter, error in news.failed:
+            ends += self._refuse(self._scheduler.waiting_for(adapter), error)
+        for adapter in news.ready:
+            ends += self._refuse(self._scheduler.adapter_ready(adapter), _CHANGED)
+        ends += self._refuse(self._scheduler.without_hope(), _NO_ROOM)
+        return ends
+
+    def _refuse(self, sequences: list[Sequence], error: AdapterError) -> list[SequenceOutput]:
+        ids = [seq.request_id for seq in sequences]
+        self.abort(ids)
+        return [_failure(i, str(error), error.code) for i in ids]
+
+    def _forget(self, request_id: str) -> None:
+        request = self._requests.pop(request_id)
+        if request.adapter is not None:
+            self.adapters.leave(request.adapter)
 
     def _next_suspect(self) -> list[Chunk]:
         while self._suspects:
@@ -404,7 +493,7 @@ class EngineCore:
                     seq.token_ids[chunk.start : chunk.start + chunk.num_tokens],
                     chunk.start,
                     seq.block_table,
-                    request.adapter,
+                    None if request.adapter is None else request.adapter.device,
                     pending.get(seq.request_id) if seq.num_pending else None,
                 )
             )
@@ -483,7 +572,7 @@ class EngineCore:
         first = not request.started
         request.started = True
         if seq.finish_reason is not None:
-            del self._requests[seq.request_id]
+            self._forget(seq.request_id)
         logprobs = step.token_logprobs(row)
         routing = step.token_routing(row)
         start = None
@@ -552,28 +641,19 @@ def _load_grammars(config: EngineConfig, loaded: LoadedModel) -> Grammars | None
         return None
 
 
-def _adapter_capacity(config: EngineConfig, loaded: LoadedModel) -> int:
-    """Bytes of the device's memory that adapters may take."""
-    if config.adapter_device_memory is not None:
-        return config.adapter_device_memory
-    if config.adapters is None:
-        return 0
-    free = free_memory(loaded.device)
-    return free // 10 if loaded.device.type == "cuda" else min(2**30, free // 8)
-
-
 def _count_blocks(
-    config: EngineConfig, loaded: LoadedModel, max_model_len: int, adapters: int
+    config: EngineConfig, loaded: LoadedModel, max_model_len: int, adapters: int, reserved: int
 ) -> int:
-    """How many blocks the KV cache has. adapters: the bytes of memory kept for those.
+    """How many blocks the KV cache has.
+
+    adapters: the bytes of the device's memory kept for those. reserved: bytes that are free now,
+    but others' later.
 
     Raises ValueError where not one sequence would fit.
     """
     per_block = cache_bytes_per_block(loaded.model, config.block_size, loaded.dtype)
     a_sequence = math.ceil(max_model_len / config.block_size)
-    free = free_memory(loaded.device)
-    if loaded.device.type == "cpu":  # where the adapters' memory is not taken before they are read
-        free = max(0, free - adapters)
+    free = max(0, free_memory(loaded.device) - reserved)
     left = (
         f"{free:,} bytes are free beside the weights ({loaded.num_bytes:,}) and the adapters "
         f"({adapters:,})"

@@ -14,6 +14,9 @@ from malora_server.engine.sequence import Sequence
 
 PROMPT_TOKEN_COST = 1
 OUTPUT_TOKEN_COST = 2
+ADAPTER_QUANTUM = 512
+"""How much more service an adapter must have had for another to take its memory: swapping costs
+loads and prompts computed again, so it is not done at every token."""
 
 _arrival = attrgetter("arrival")
 

@@ -47,14 +47,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     `min_tokens` or `ignore_eos` ask for more; while it can go on, they are kept."""
 
 
+class AdapterVersion(msgspec.Struct, array_like=True, frozen=True):
+    """One content of an adapter's name: what lies, or lay, in its folder `path`.
+
+    `number` tells the versions of a name apart, and grows.
+    """
+
+    name: str
+    number: int = 0
+    path: str = ""
+
+
 class Submit(msgspec.Struct, tag="submit", frozen=True, kw_only=True):
-    """One sequence to generate. `digest` is the adapter's generation the API resolved."""
+    """One sequence to generate, with the adapter's version that the API resolved."""
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    adapter: str | None = None
-    digest: str | None = None
+    adapter: AdapterVersion | None = None
     priority: int = 0
     """Lower runs first."""
 
@@ -71,7 +81,26 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
     timeout: float
 
 
-Message = Submit | Abort | Stop
+class LoadAdapter(msgspec.Struct, tag="load", frozen=True):
+    """Read an adapter into host memory, checking it wholly; its status tells when that is done."""
+
+    adapter: AdapterVersion
+
+
+class PinAdapter(msgspec.Struct, tag="pin", frozen=True):
+    """Keep a loaded adapter on the device, or no more; its next status tells whether that is so."""
+
+    adapter: AdapterVersion
+    pinned: bool
+
+
+class RetireAdapter(msgspec.Struct, tag="retire", frozen=True):
+    """No more requests come for this version: forget it once those in flight are done."""
+
+    adapter: AdapterVersion
+
+
+Message = Submit | Abort | Stop | LoadAdapter | PinAdapter | RetireAdapter
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
@@ -204,10 +233,8 @@ class Report(msgspec.Struct, tag="report", frozen=True):
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One adapter the engine knows. `error` says why it can't be served; then `digest` is ''."""
+    """What an adapter is, as its files tell."""
 
-    name: str
-    digest: str = ""
     peft_type: str = ""
     num_experts: int = 0
     top_k: int = 0
@@ -216,16 +243,13 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     target_modules: list[str] = []
     num_parameters: int = 0
     num_bytes: int = 0
-    created: int = 0
-    """Unix seconds."""
-    error: str | None = None
 
 
 class AdapterStatus(msgspec.Struct, array_like=True, frozen=True):
     """What became of one version of an adapter; sent whenever it changes.
 
-    `digest` is '' until the weights have been read once. `error` and `error_code` say why it
-    cannot be used, in the state "failed".
+    `digest` is '' until the weights have been read once. `error` and `error_code` say why the last
+    load failed; where another may go well, the tier is not "failed".
     """
 
     name: str
@@ -252,7 +276,6 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     block_size: int
     dtype: str
     device: str
-    adapters: list[AdapterInfo]
     eos_token_ids: list[int] = []
 
 

@@ -62,7 +62,7 @@ class RoutedChunks:
             [
                 None
                 if name is None or adapter is None
-                else (name, max(linear.num_experts for linear in adapter.linears.values()))
+                else (name, max(linear.num_experts for linear in adapter.packed.linears))
                 for name, adapter in zip(names, adapters, strict=True)
             ],
             sums(gates),

@@ -22,9 +22,11 @@ from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import (
     Abort,
     Failed,
+    LoadAdapter,
     Message,
-    Outputs,
+    PinAdapter,
     Reply,
+    RetireAdapter,
     SequenceOutput,
     Stop,
     Submit,
@@ -102,11 +104,18 @@ class _Link:
         self._last_sent = time.monotonic()
         self._sender.send(self._encoder.encode(reply))
 
-    def receive(self, wait: bool) -> list[Message]:
-        """Every message that has come; with `wait`, at least one, unless none comes in time."""
+    def receive(self, seconds: float, also: int) -> list[Message]:
+        """Every message that has come; where none has, waits so long for one.
+
+        also: a file descriptor that ends the wait when it is readable; -1 for none.
+        """
+        if seconds > 0:
+            poller = zmq.Poller()
+            poller.register(self._receiver, zmq.POLLIN)
+            if also >= 0:
+                poller.register(also, zmq.POLLIN)
+            poller.poll(int(seconds * 1000))
         messages: list[Message] = []
-        if wait and not self._receiver.poll(int(_HEARTBEAT_SECONDS * 1000)):
-            return messages
         while True:
             try:
                 messages.append(self._decoder.decode(self._receiver.recv(zmq.NOBLOCK)))
@@ -119,7 +128,7 @@ def _serve(core: EngineCore, link: _Link) -> None:
     while True:
         failures: list[SequenceOutput] = []
         freed = False
-        for message in link.receive(wait=not core.has_work and deadline is None):
+        for message in link.receive(_patience(core, deadline), core.loader_fd):
             match message:
                 case Submit():
                     failure = core.add(message)
@@ -128,21 +137,32 @@ def _serve(core: EngineCore, link: _Link) -> None:
                 case Abort(request_ids):
                     core.abort(request_ids)
                     freed = True
+                case LoadAdapter() | PinAdapter() | RetireAdapter():
+                    core.manage(message)
                 case Stop(timeout):
                     deadline = time.monotonic() + timeout
         report = core.report()
         if report is not None:
             link.send(report)
-        if failures or freed or link.is_silent:
+        if failures or freed or core.has_changes or link.is_silent:
             # No step may follow to tell what the engine holds now.
-            link.send(Outputs(failures, core.stats()))
+            link.send(core.outputs(failures))
         if core.has_work and (deadline is None or time.monotonic() < deadline):
             outputs = core.step()
-            if outputs.outputs or not core.has_work:
+            if outputs.outputs or outputs.adapters or not core.has_work:
                 link.send(outputs)
         elif deadline is not None:
             link.send(core.abort_all())
             return
+
+
+def _patience(core: EngineCore, deadline: float | None) -> float:
+    """Seconds for which there may be nothing to do but wait for messages and for the loader."""
+    if core.is_runnable or (deadline is not None and not core.has_work):
+        return 0.0
+    if deadline is None:
+        return _HEARTBEAT_SECONDS
+    return min(_HEARTBEAT_SECONDS, max(0.0, deadline - time.monotonic()))
 
 
 if __name__ == "__main__":

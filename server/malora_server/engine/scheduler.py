@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from malora_server.adapters.store import AdapterStore, StoredAdapter
 from malora_server.engine.fairness import (
+    ADAPTER_QUANTUM,
     OUTPUT_TOKEN_COST,
     PROMPT_TOKEN_COST,
     ServiceCounter,
@@ -50,25 +53,40 @@ class Scheduler:
     for a step, not for a generation. With the counters as they are between two tokens, places
     only ever move to the less served; so preemption comes to rest, somebody gets a token, and all
     finish in the end.
+
+    A sequence whose adapter is not on the device waits beside that line, and holds up nobody; those
+    whose adapters find no place there go in the same order. Where adapters that are used leave no
+    room for the first one's, the most served of them give way, with all their sequences, once they
+    are ahead by ADAPTER_QUANTUM: so of adapters that all flood, more than there is memory for,
+    each gets its share in turns. A place is held for sequences that run or wait for the batch.
     """
 
     def __init__(
-        self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        adapters: AdapterStore | None = None,
     ) -> None:
+        """adapters: whose places sequences need that have one."""
         self.block_manager = block_manager
+        self._adapters = adapters
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_preemptions = 0
         self._sequences: dict[str, Sequence] = {}
         self._service = ServiceCounter()
         self._waiting = WaitingQueue(self._service)
+        self._placing = WaitingQueue(self._service)
+        self._sequences_of: dict[StoredAdapter, dict[str, Sequence]] = {}
         # In order, unless `_unordered`.
         self._running: list[Sequence] = []
         self._unordered = False
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Those that do not run, for whatever reason."""
+        return len(self._sequences) - len(self._running)
 
     @property
     def num_running(self) -> int:
@@ -77,6 +95,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
+
+    @property
+    def is_runnable(self) -> bool:
+        """Whether any sequence does not wait for its adapter to be loaded."""
+        return bool(self._running or len(self._waiting) or len(self._placing))
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence.
@@ -95,20 +118,51 @@ class Scheduler:
             )
         self._sequences[seq.request_id] = seq
         self._service.add(seq)
-        self._waiting.push(seq)
+        if seq.adapter is not None:
+            self._sequences_of.setdefault(seq.adapter, {})[seq.request_id] = seq
+        self._line_up(seq)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> Sequence | None:
         """Finish a sequence now and free its blocks; None if the id is unknown."""
         seq = self._sequences.get(request_id)
         if seq is None:
             return None
-        if seq.status is Status.WAITING:
-            self._waiting.remove(seq)
-        else:
-            self._stop_running(seq)
+        self._leave(seq)
         seq.finish_reason = reason
         self._finish(seq)
         return seq
+
+    def adapter_loaded(self, adapter: StoredAdapter) -> None:
+        """Its sequences may ask for a place on the device."""
+        for seq in self._waiting_for(adapter, Status.LOADING):
+            seq.status = Status.PLACING
+            self._placing.push(seq)
+
+    def adapter_ready(self, adapter: StoredAdapter) -> list[Sequence]:
+        """Its sequences may run; those that cannot go on are returned: they began with other
+        weights, which nobody has any more.
+        """
+        strangers = []
+        for seq in self._waiting_for(adapter, Status.LOADING, Status.PLACING):
+            if not seq.bind(adapter.digest):
+                strangers.append(seq)
+                continue
+            self._leave(seq)
+            self._wait(seq)
+        return strangers
+
+    def waiting_for(self, adapter: StoredAdapter) -> list[Sequence]:
+        """The sequences that wait for an adapter to be loaded."""
+        return self._waiting_for(adapter, Status.LOADING)
+
+    def without_hope(self) -> list[Sequence]:
+        """The first in line for a place on the device, where its adapter can never have one."""
+        seq = self._placing.first()
+        if seq is None or seq.adapter is None or self._adapters is None:
+            return []
+        if self._adapters.can_ever_fit(seq.adapter):
+            return []
+        return self._waiting_for(seq.adapter, Status.PLACING)
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks: first the decodes, one token each, then parts of prompts.
@@ -116,6 +170,8 @@ class Scheduler:
         Every chunk's tokens have their blocks. Depends on how many tokens sequences have, never
         on which: so the next step can be scheduled while this one's tokens are still unknown.
         """
+        if self._adapters is not None:
+            self._place_adapters(self._adapters)
         self._reclaim()
         self._sort_running()
         budget = self.max_num_batched_tokens
@@ -181,10 +237,7 @@ class Scheduler:
         if num_sampled != len(token_ids):
             raise ValueError(f"a step samples {num_sampled} tokens but brought {len(token_ids)}")
         for seq in finished:
-            if seq.status is Status.WAITING:
-                self._waiting.remove(seq)
-            else:
-                self._stop_running(seq)
+            self._leave(seq)
             self._finish(seq)
         return finished
 
@@ -204,7 +257,7 @@ class Scheduler:
             if not self.block_manager.allocate(seq, len(seq.token_ids) - num_found, prefix):
                 return
             self._waiting.remove(seq)
-            seq.status = Status.RUNNING
+            seq.status = Status.RUNNING  # its adapter's place stays held
             self._running.append(seq)
             self._unordered = True
             tenant = self._service[seq]
@@ -270,6 +323,123 @@ class Scheduler:
         self.num_preemptions += 1
         self._waiting.push(seq)
 
+    def _line_up(self, seq: Sequence) -> None:
+        """Let a sequence wait for whatever it needs first."""
+        adapter = seq.adapter
+        if adapter is None or adapter.is_ready:
+            if adapter is not None:
+                seq.bind(adapter.digest)
+            self._wait(seq)
+        elif adapter.host is not None and not adapter.is_arriving:
+            seq.status = Status.PLACING
+            self._placing.push(seq)
+        else:
+            seq.status = Status.LOADING
+            if self._adapters is not None and adapter.host is None:
+                self._adapters.fetch(adapter)
+
+    def _wait(self, seq: Sequence) -> None:
+        seq.status = Status.WAITING
+        self._waiting.push(seq)
+        if seq.adapter is not None:
+            seq.adapter.num_using += 1
+
+    def _leave(self, seq: Sequence) -> None:
+        """Take a sequence out of the line that it is in, or out of the batch."""
+        if seq.status is Status.PLACING:
+            self._placing.remove(seq)
+        elif seq.status is not Status.LOADING:
+            if seq.status is Status.WAITING:
+                self._waiting.remove(seq)
+            else:
+                self._stop_running(seq)
+            if seq.adapter is not None:
+                seq.adapter.num_using -= 1
+
+    def _waiting_for(self, adapter: StoredAdapter, *statuses: Status) -> list[Sequence]:
+        sequences = self._sequences_of.get(adapter, {}).values()
+        return [seq for seq in sequences if seq.status in statuses]
+
+    def _place_adapters(self, store: AdapterStore) -> None:
+        """Bring adapters to the device and into host memory, as far as others make room."""
+        for pinned in store.unplaced_pins():
+            if self._make_place(store, pinned, None):
+                self._await_arrival(pinned)
+        while (seq := self._placing.first()) is not None:
+            assert seq.adapter is not None
+            # Nobody overtakes the first in order: it would starve while smaller ones pass.
+            if not self._make_place(store, seq.adapter, seq):
+                break
+            self._await_arrival(seq.adapter)
+        adapter = store.waits_for_room()
+        if adapter is not None:
+            asking = self._waiting_for(adapter, Status.LOADING)
+            first = min(asking, key=lambda seq: (seq.priority, seq.arrival), default=None)
+            victims = self._yielding_adapters(store.in_host(), first, store.would_fit_in_host)
+            for victim in victims:
+                self._displace(victim)
+                store.evict_wholly(victim)
+                for seq in self._waiting_for(victim, Status.PLACING):
+                    self._placing.remove(seq)
+                    self._line_up(seq)
+
+    def _make_place(
+        self, store: AdapterStore, adapter: StoredAdapter, seq: Sequence | None
+    ) -> bool:
+        if store.place(adapter):
+            return True
+        victims = self._yielding_adapters(
+            store.on_device(), seq, lambda gone: store.would_fit(adapter, gone)
+        )
+        for victim in victims:
+            self._displace(victim)
+            store.evict(victim)
+        return bool(victims) and store.place(adapter)
+
+    def _await_arrival(self, adapter: StoredAdapter) -> None:
+        for seq in self._waiting_for(adapter, Status.PLACING):
+            self._placing.remove(seq)
+            seq.status = Status.LOADING
+
+    def _yielding_adapters(
+        self,
+        candidates: list[StoredAdapter],
+        seq: Sequence | None,
+        suffices: Callable[[list[StoredAdapter]], bool],
+    ) -> list[StoredAdapter]:
+        """The most served of the adapters that may give way to a sequence (None: to whoever asks
+        beside all requests), as many as it takes; none where that is not enough.
+        """
+        ranked: list[tuple[tuple[int, int], int, StoredAdapter]] = []
+        for number, adapter in enumerate(candidates):
+            users = list(self._sequences_of.get(adapter, {}).values())
+            if not users or not all(self._may_take(seq, user) for user in users):
+                continue
+            rank = max((user.priority, self._service[user].service) for user in users)
+            ranked.append((rank, number, adapter))
+        ranked.sort(reverse=True)
+        yielding: list[StoredAdapter] = []
+        for _, _, adapter in ranked:
+            yielding.append(adapter)
+            if suffices(yielding):
+                return yielding
+        return []
+
+    def _may_take(self, seq: Sequence | None, user: Sequence) -> bool:
+        if seq is None or user.priority != seq.priority:
+            return seq is None or user.priority > seq.priority
+        lead = self._service[user].service - self._service[seq].service
+        return lead > ADAPTER_QUANTUM
+
+    def _displace(self, adapter: StoredAdapter) -> None:
+        """Make an adapter's sequences ask for a place again."""
+        for seq in self._waiting_for(adapter, Status.RUNNING):
+            self._preempt(seq)
+        for seq in self._waiting_for(adapter, Status.WAITING):
+            self._leave(seq)
+            seq.status = Status.PLACING
+            self._placing.push(seq)
+
     def _stop_running(self, seq: Sequence) -> None:
         self._running.remove(seq)
         self._service[seq].num_running -= 1
@@ -281,3 +451,8 @@ class Scheduler:
         seq.status = Status.FINISHED
         self._service.remove(seq)
         del self._sequences[seq.request_id]
+        if seq.adapter is not None:
+            others = self._sequences_of[seq.adapter]
+            del others[seq.request_id]
+            if not others:
+                del self._sequences_of[seq.adapter]

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from malora_server.engine.grammar import Matcher
 from malora_server.engine.messages import FinishReason, Submit
+
+if TYPE_CHECKING:
+    from malora_server.adapters.store import StoredAdapter
 
 
 class Status(enum.Enum):
     """Where a sequence is in its life: a preempted one is WAITING again."""
 
+    LOADING = enum.auto()
+    """Its adapter is on the way, from disk or to the device."""
+    PLACING = enum.auto()
+    """Its adapter is in host memory, and finds no place on the device yet."""
     WAITING = enum.auto()
+    """For a place in the batch."""
     RUNNING = enum.auto()
     FINISHED = enum.auto()
 
@@ -24,18 +33,21 @@ class Sequence:
     they hold means nothing yet. `num_computed_tokens` counts the leading tokens whose keys and
     values are in the cache, in the blocks of `block_table`. `num_cached_tokens` counts the prompt
     tokens that were found there when the request was first admitted. `cache_salt` separates the
-    prefix caches of adapters: the same tokens under another adapter have other keys and values.
+    prefix caches of adapters: the same tokens under another adapter have other keys and values. It
+    is known once the adapter's content is (`bind`), which is before anything is computed.
 
     Raises ValueError for a prompt that is empty, or that leaves no room for one token.
     """
 
     __slots__ = (
+        "adapter",
         "arrival",
         "block_hashes",
         "block_table",
         "cache_salt",
         "eos_token_ids",
         "finish_reason",
+        "is_bound",
         "matcher",
         "max_len",
         "min_len",
@@ -62,15 +74,18 @@ class Sequence:
         arrival: int,
         eos_token_ids: Collection[int],
         max_model_len: int,
+        adapter: StoredAdapter | None = None,
     ) -> None:
         sampling = submit.sampling
         self.submit = submit
         self.request_id = submit.request_id
         self.sampling = sampling
-        self.cache_salt = (submit.digest or "").encode()
+        self.adapter = adapter
+        self.cache_salt = b""
+        self.is_bound = False
         self.arrival = arrival
         self.priority = submit.priority
-        self.tenant = submit.adapter
+        self.tenant = None if submit.adapter is None else submit.adapter.name
         """Whom its service is counted for; the base model (None) is a tenant too."""
 
         self.token_ids = list(submit.prompt_token_ids)
@@ -104,6 +119,14 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def bind(self, digest: str) -> bool:
+        """Run with the adapter's content of that digest; False where it has begun with another."""
+        salt = digest.encode()
+        if self.is_bound:
+            return salt == self.cache_salt
+        self.cache_salt, self.is_bound = salt, True
+        return True
 
     def expect(self) -> None:
         """Make a place for the token that a step in flight samples."""

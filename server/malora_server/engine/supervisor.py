@@ -11,7 +11,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from malora_server.engine.client import EngineClient, EngineDeadError, EngineStartError
 from malora_server.engine.config import EngineConfig
-from malora_server.engine.messages import EngineStats, Ready, Report, SequenceOutput, Submit
+from malora_server.engine.messages import (
+    AdapterStatus,
+    EngineStats,
+    LoadAdapter,
+    PinAdapter,
+    Ready,
+    Report,
+    RetireAdapter,
+    SequenceOutput,
+    Submit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +56,11 @@ class EngineSupervisor:
         """Called with every further engine before it gets requests; EngineDeadError: it failed."""
         self.on_report: Callable[[Report], None] | None = None
         """Called with every report of every engine."""
+        self.on_adapter: Callable[[AdapterStatus], None] | None = None
+        """Called with whatever happens to an adapter, in every engine."""
         self._client = client
         client.on_report = self._report
+        client.on_adapter = self._adapter
         self._start = start
         self._start_seconds = start_seconds
         self._restart = restart
@@ -95,6 +108,10 @@ class EngineSupervisor:
         """See `EngineClient.generate`."""
         return self._client.generate(submit)
 
+    def tell(self, message: LoadAdapter | PinAdapter | RetireAdapter) -> None:
+        """See `EngineClient.tell`; without an engine nobody hears it."""
+        self._client.tell(message)
+
     async def stop(self, timeout: float) -> None:
         """Let requests in flight finish within `timeout` seconds, then end the engine for good."""
         self._supervising.cancel()
@@ -109,6 +126,10 @@ class EngineSupervisor:
     def _report(self, report: Report) -> None:
         if self.on_report is not None:
             self.on_report(report)
+
+    def _adapter(self, status: AdapterStatus) -> None:
+        if self.on_adapter is not None:
+            self.on_adapter(status)
 
     async def _supervise(self) -> None:
         failures = 0
@@ -145,6 +166,7 @@ class EngineSupervisor:
         started = time.monotonic()
         client = await self._start()
         client.on_report = self._report
+        client.on_adapter = self._adapter
         try:
             if self.on_restart is not None:
                 await self.on_restart(client)

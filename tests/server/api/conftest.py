@@ -1,10 +1,13 @@
 """An application over an engine that speaks from a script, alone and behind a real server."""
 
 import asyncio
+import json
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -18,8 +21,11 @@ from malora_server.api.tokenizer import Tokenizer
 from malora_server.app import create_app
 from malora_server.engine.client import EngineDeadError
 from malora_server.engine.messages import (
-    AdapterInfo,
+    AdapterStatus,
+    AdapterVersion,
     EngineStats,
+    LoadAdapter,
+    PinAdapter,
     Ready,
     SequenceOutput,
     SequenceStart,
@@ -30,6 +36,7 @@ from malora_server.engine.messages import (
 from malora_server.settings import Settings
 
 TEXT = "the quick brown fox jumps over the lazy dog, the dog sleeps and the fox runs off. "
+BROKEN = "adapter_model.safetensors is missing"
 LAYERS = [[0.0, 0.0, 1.0], [0.5, 0.0, 0.5]]
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -97,19 +104,50 @@ class FakeEngine:
             dtype="float32",
             device="cpu",
             eos_token_ids=[self.EOS],
-            adapters=[
-                AdapterInfo(
-                    name="sql", digest="5d1" * 20, peft_type="MALORA", num_experts=4, created=77
-                ),
-                AdapterInfo(name="broken", error="adapter_model.safetensors is missing"),
-            ],
         )
+        self.told: list[object] = []
+        self.on_adapter: Callable[[AdapterStatus], None] | None = None
+
+    def tell(self, message: object) -> None:
+        """Loads, pins and retires at once."""
+        self.told.append(message)
+        version = message.adapter
+        if isinstance(message, LoadAdapter):
+            self.read(version)
+        elif isinstance(message, PinAdapter):
+            self.on_adapter(self.status(version, pinned=message.pinned))
+
+    def status(self, version: AdapterVersion, **fields: object) -> AdapterStatus:
+        broken = Path(version.path, "broken").exists()
+        return AdapterStatus(
+            version.name,
+            version.number,
+            "failed" if broken else "device",
+            digest="" if broken else f"{version.number}5d1" * 16,
+            error=BROKEN if broken else None,
+            error_code="adapter_file_missing" if broken else None,
+            **fields,
+        )
+
+    def read(self, version: AdapterVersion) -> AdapterStatus:
+        status = self.status(version)
+        if self.on_adapter is not None:
+            self.on_adapter(status)
+        return status
 
     async def generate(self, submit: Submit) -> AsyncIterator[SequenceOutput]:
         if not self.healthy:
             raise EngineDeadError("dead")
         self.submits.append(submit)
         finished = False
+        if submit.adapter is not None:
+            error = self.read(submit.adapter).error
+            if error is not None:
+                code = "adapter_file_missing"
+                yield SequenceOutput(
+                    submit.request_id, [], finish_reason="error", error=error, error_code=code
+                )
+                return
         try:
             for position in range(submit.sampling.max_tokens):
                 await asyncio.sleep(self.step_seconds)
@@ -187,8 +225,27 @@ def engine(tokenizer: Tokenizer) -> FakeEngine:
 
 
 @pytest.fixture
-def settings() -> Settings:
-    return Settings(base="models/tiny", max_num_seqs=4, max_queued_requests=8, max_logprobs=5)
+def adapters(tmp_path: Path) -> Path:
+    """The adapters folder: one that is sound, and one that is not."""
+    root = tmp_path / "adapters"
+    for name in ("sql", "broken"):
+        (root / name).mkdir(parents=True)
+        config = {"peft_type": "MALORA", "num_experts": 4, "target_modules": ["q_proj"]}
+        (root / name / "adapter_config.json").write_text(json.dumps(config))
+    (root / "broken" / "broken").touch()
+    os.utime(root / "sql", (77, 77))
+    return root
+
+
+@pytest.fixture
+def settings(adapters: Path) -> Settings:
+    return Settings(
+        base="models/tiny",
+        adapters=adapters,
+        max_num_seqs=4,
+        max_queued_requests=8,
+        max_logprobs=5,
+    )
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from malora_server import app as app_module
 from malora_server.api.tokenizer import Tokenizer
 from malora_server.app import DrainingServer, create_app, listen, main
 from malora_server.engine.client import EngineStartError
-from malora_server.engine.messages import AdapterInfo
 from malora_server.settings import Settings, StartError
 
 
@@ -95,7 +94,7 @@ def test_an_engine_that_does_not_start(
 def test_an_adapter_with_the_base_models_name(
     settings: Settings, engine: Any, tokenizer: Tokenizer
 ) -> None:
-    engine.ready.adapters.append(AdapterInfo(name="tiny"))
+    (settings.adapters / "tiny").mkdir()
     with pytest.raises(StartError, match="'tiny'"):
         create_app(settings, engine, tokenizer)
 
@@ -151,8 +150,7 @@ from malora_server.engine.messages import EngineStats, Ready
 
 class Engine:
     healthy, stats, failure = True, EngineStats(), None
-    ready = Ready(max_model_len=9, vocab_size=9, num_blocks=1, block_size=1, dtype="", device="",
-                  adapters=[])
+    ready = Ready(max_model_len=9, vocab_size=9, num_blocks=1, block_size=1, dtype="", device="")
     async def stop(self, timeout): print("stopped", flush=True)
 
 async def start(config, log_level, **options):

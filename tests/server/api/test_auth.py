@@ -29,10 +29,12 @@ CHANGES = [
 
 
 @pytest.fixture
-def settings(tmp_path):
+def settings(tmp_path, adapters):
     keys = tmp_path / "keys"
     keys.write_text(f"# tenants\n{OTHER}  # the second\n\n")
-    return Settings(base="models/tiny", api_key=KEY, api_keys_file=keys, admin_key=ADMIN)
+    return Settings(
+        base="models/tiny", adapters=adapters, api_key=KEY, api_keys_file=keys, admin_key=ADMIN
+    )
 
 
 def routes(app):

@@ -32,11 +32,11 @@ def test_a_completion(client: openai.OpenAI, engine: Any, num_reply_tokens: int)
         model="sql", prompt=PROMPT, max_tokens=num_reply_tokens, temperature=0.5, seed=7
     )
     assert (reply.object, reply.model) == ("text_completion", "sql")
-    assert reply.system_fingerprint == ("5d1" * 20)[:16]
+    assert reply.system_fingerprint == ("15d1" * 16)[:16]
     (choice,) = reply.choices
     assert (choice.text, choice.finish_reason, choice.index) == (REPLY, "length", 0)
     (submit,) = engine.submits
-    assert (submit.adapter, submit.digest) == ("sql", "5d1" * 20)
+    assert (submit.adapter.name, submit.adapter.number) == ("sql", 1)
     assert (submit.sampling.temperature, submit.sampling.seed) == (0.5, 7)
     num_prompt_tokens = len(submit.prompt_token_ids)
     assert reply.usage is not None
@@ -297,6 +297,10 @@ def test_every_sampling_field_reaches_the_engine(client: openai.OpenAI, engine: 
 
 def test_models(client: openai.OpenAI) -> None:
     models = {model.id: model for model in client.models.list()}
+    assert set(models) == {"tiny", "sql", "broken"}
+    with pytest.raises(openai.BadRequestError):  # found out when it is first used
+        client.completions.create(model="broken", prompt=PROMPT)
+    models = {model.id: model for model in client.models.list()}
     assert set(models) == {"tiny", "sql"}
     sql: Any = client.models.retrieve("sql")
     assert (sql.parent, sql.root, sql.created, sql.max_model_len) == ("tiny", "sql", 77, 128)
@@ -329,8 +333,11 @@ async def test_many_at_once(async_client: openai.AsyncOpenAI, engine: Any) -> No
 
 def test_adapters_tokenize_and_version(url: str, tokenizer: Any) -> None:
     with httpx.Client(base_url=url) as client:
+        body = {"model": "broken", "prompt": "the"}
+        assert client.post("/v1/completions", json=body).status_code == 400
         adapters = {entry["id"]: entry for entry in client.get("/v1/adapters").json()["data"]}
         assert adapters["sql"]["num_experts"] == 4
+        assert adapters["sql"]["target_modules"] == ["q_proj"]
         assert adapters["broken"]["error"] == "adapter_model.safetensors is missing"
         assert client.get("/v1/adapters/sql").json() == adapters["sql"]
         text = "the fox <|im_end|> 🦊"

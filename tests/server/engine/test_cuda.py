@@ -10,7 +10,7 @@ import transformers
 from malora.format import AdaptedLinear
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
-from malora_server.engine.messages import SamplingParams, Submit
+from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -81,8 +81,7 @@ def cores():
         kind = list(KINDS)[number % len(KINDS)]
         linears = make_linears(gpu, kind, number)
         for core in (gpu, cpu):
-            store = core._adapters
-            store._resident[str(number)] = store._memory.add(str(number), linears)
+            core.adapters.add(str(number), linears)
     return gpu, cpu
 
 
@@ -94,8 +93,7 @@ def generate(core, requests, sampling):
                 request_id=str(number),
                 prompt_token_ids=prompt,
                 sampling=sampling,
-                adapter=adapter,
-                digest=adapter,
+                adapter=None if adapter is None else AdapterVersion(adapter),
             )
         )
         assert failure is None

@@ -73,7 +73,7 @@ def test_greedy_equals_transformers_and_peft(served, family):
     base, root = served(family)
     names = [None, *sorted(p.name for p in root.iterdir())]
     llm = LLM(EngineConfig(base=str(base), adapters=str(root)))
-    assert [info.error for info in llm.adapters] == [None] * (len(names) - 1)
+    assert llm.adapters == names[1:]
     texts = prompts(len(names))
     mixed = llm.generate(texts, GREEDY, names)
     for name, prompt, generation in zip(names, texts, mixed, strict=True):
@@ -280,7 +280,7 @@ def test_an_adapter_that_overflows_fails_alone(served, make_adapter, tmp_path, s
         assert "finite" in wild.error
 
 
-def test_a_broken_adapter_is_listed_with_its_reason_and_the_rest_is_served(
+def test_a_broken_adapter_fails_with_its_reason_and_the_rest_is_served(
     served, make_adapter, tmp_path
 ):
     base, _ = served("llama")
@@ -299,15 +299,24 @@ def test_a_broken_adapter_is_listed_with_its_reason_and_the_rest_is_served(
         json.dumps(json.loads(config.read_text()) | {"base_model_fingerprint": "0" * 64})
     )
     llm = LLM(EngineConfig(base=str(base), adapters=str(tmp_path)))
-    errors = {info.name: info.error for info in llm.adapters}
-    assert errors.pop("good") is None
-    assert all(errors.values())
-    assert "base" in errors["other"]
-    assert all("\n" not in e and str(tmp_path) not in e for e in errors.values())
-    texts = prompts(2, seed=8)
-    good, bad = llm.generate(texts, GREEDY, ["good", "nan"])
-    assert good.finish_reason == "length"
-    assert errors["nan"] in bad.error
+    assert llm.adapters == ["empty", "good", "malformed", "nan", "other"]
+    for _ in range(2):  # read, then known to be broken
+        broken = llm.generate(prompts(5, seed=8), GREEDY, llm.adapters)
+        good = broken.pop(1)
+        assert (good.finish_reason, good.error) == ("length", None)
+        codes = [
+            "adapter_file_missing",
+            "adapter_config_invalid",
+            "adapter_not_finite",
+            "adapter_base_mismatch",
+        ]
+        assert [generation.error_code for generation in broken] == codes
+        for generation in broken:
+            assert generation.finish_reason == "error"
+            assert "\n" not in generation.error
+            assert str(tmp_path) not in generation.error
+    stats = llm.stats().adapters
+    assert (stats.loads, stats.load_failures) == (1, 4)
 
 
 def test_a_missing_base_or_folder_is_one_clear_error(tmp_path, tiny_base):

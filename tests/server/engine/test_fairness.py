@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from malora_server.engine.fairness import ServiceCounter, WaitingQueue
 from malora_server.engine.kv_cache import BlockManager
-from malora_server.engine.messages import SamplingParams, Submit
+from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
 from malora_server.engine.scheduler import Scheduler
 from malora_server.engine.sequence import Sequence, Status
 
@@ -34,7 +34,7 @@ class Engine:
             request_id=str(arrival),
             prompt_token_ids=tokens,
             sampling=SamplingParams(max_tokens=max_tokens, seed=0),
-            adapter=tenant,
+            adapter=None if tenant is None else AdapterVersion(tenant),
             priority=priority,
         )
         seq = Sequence(submit, arrival, [], max_model_len=10_000)

@@ -18,8 +18,10 @@ def append(seq, token):
 
 def make(tokens, digest=None, **sampling):
     params = SamplingParams(max_tokens=50, seed=1, **sampling)
-    submit = Submit(request_id="a", prompt_token_ids=list(tokens), sampling=params, digest=digest)
-    return Sequence(submit, next(arrivals), [], max_model_len=1000)
+    submit = Submit(request_id="a", prompt_token_ids=list(tokens), sampling=params)
+    sequence = Sequence(submit, next(arrivals), [], max_model_len=1000)
+    sequence.bind(digest or "")
+    return sequence
 
 
 def run(manager, seq):

@@ -10,7 +10,12 @@ import torch
 from malora.kernels.batched import Routing
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
-from malora_server.engine.messages import STEP_TOKEN_BUCKETS, SamplingParams, Submit
+from malora_server.engine.messages import (
+    STEP_TOKEN_BUCKETS,
+    AdapterVersion,
+    SamplingParams,
+    Submit,
+)
 from malora_server.engine.monitor import Monitor, RoutedChunks
 
 NUM_LAYERS, NUM_EXPERTS = 7, 5
@@ -24,7 +29,8 @@ class Clock:
 
 
 def adapter(*num_experts: int) -> SimpleNamespace:
-    return SimpleNamespace(linears={n: SimpleNamespace(num_experts=n) for n in num_experts})
+    linears = [SimpleNamespace(num_experts=n) for n in num_experts]
+    return SimpleNamespace(packed=SimpleNamespace(linears=linears))
 
 
 def gates_of(rng, num_tokens, experts, linears):
@@ -136,14 +142,19 @@ def test_the_engine_reports_the_gates_that_its_tokens_took(tiny_base, make_adapt
     )
     # A prompt of one token: every token that is computed predicts one that is returned.
     submit = Submit(
-        request_id="a", prompt_token_ids=[7], sampling=sampling, adapter="mine", digest="x"
+        request_id="a",
+        prompt_token_ids=[7],
+        sampling=sampling,
+        adapter=AdapterVersion("mine", path=str(tmp_path / "mine")),
     )
     assert core.add(submit) is None
-    alone = msgspec.structs.replace(submit, request_id="b", adapter=None, digest=None)
+    alone = msgspec.structs.replace(submit, request_id="b", adapter=None)
     assert core.add(alone) is None
     told, starts = [], []
     while core.has_work:
         clock.now += 2
+        if not core.is_runnable:
+            core.wait(1)
         for output in core.step().outputs:
             starts.append(output.start)
             told += [entry.layers for entry in output.routing or []]

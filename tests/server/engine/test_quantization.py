@@ -128,7 +128,7 @@ def test_int8_equals_the_dequantised_weights_with_every_adapter(tiny_base, adapt
     base, root = tiny_base(family), adapters(family)
     config = EngineConfig(base=str(base), adapters=str(root), quantization="int8")
     llm = LLM(config)
-    assert [info.error for info in llm.adapters] == [None] * len(ADAPTERS)
+    assert llm.adapters == sorted(ADAPTERS)
     names = [None, *ADAPTERS] * 2
     texts = prompts(len(names))
     got = scores(llm, texts, names)
@@ -162,7 +162,7 @@ def test_an_fp8_checkpoint_equals_its_weights_and_activations_with_every_adapter
 ):
     base, root = fp8(family), adapters(family)
     llm = LLM(EngineConfig(base=str(base), adapters=str(root)))
-    assert [info.error for info in llm.adapters] == [None] * len(ADAPTERS)
+    assert llm.adapters == sorted(ADAPTERS)
     names = [None, *ADAPTERS] * 2
     texts = prompts(len(names))
     errors = []

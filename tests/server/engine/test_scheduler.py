@@ -13,7 +13,7 @@ from hypothesis.stateful import (
 )
 
 from malora_server.engine.kv_cache import BlockManager
-from malora_server.engine.messages import SamplingParams, Submit
+from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
 from malora_server.engine.scheduler import Chunk, Scheduler
 from malora_server.engine.sequence import Sequence, Status
 
@@ -41,11 +41,12 @@ def make(
         request_id=request_id,
         prompt_token_ids=list(prompt),
         sampling=params,
-        adapter=adapter,
-        digest=digest,
+        adapter=None if adapter is None else AdapterVersion(adapter),
         priority=priority,
     )
-    return Sequence(submit, arrival, [EOS], max_model_len)
+    sequence = Sequence(submit, arrival, [EOS], max_model_len)
+    sequence.bind(digest or "")
+    return sequence
 
 
 class Engine:

@@ -1,6 +1,6 @@
 import pytest
 
-from malora_server.engine.messages import SamplingParams, Submit
+from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
 from malora_server.engine.sequence import Sequence
 
 EOS = 2
@@ -12,10 +12,13 @@ def append(seq, token):
     return seq.settle(len(seq.token_ids) - 1, token)
 
 
-def make(prompt=(5, 6, 7), max_model_len=100, digest=None, **sampling):
+def make(prompt=(5, 6, 7), max_model_len=100, **sampling):
     params = SamplingParams(**{"max_tokens": 10, "seed": 1, **sampling})
     submit = Submit(
-        request_id="a", prompt_token_ids=list(prompt), sampling=params, adapter="x", digest=digest
+        request_id="a",
+        prompt_token_ids=list(prompt),
+        sampling=params,
+        adapter=AdapterVersion("x", 3, "folder"),
     )
     return Sequence(submit, arrival=0, eos_token_ids=[EOS], max_model_len=max_model_len)
 
@@ -82,5 +85,15 @@ def test_refuses_a_prompt_that_leaves_no_room(length):
 
 
 def test_salt_is_the_digest_never_the_name():
-    assert make().cache_salt == b""
-    assert make(digest="abc").cache_salt == b"abc"
+    seq = make()
+    assert (seq.tenant, seq.cache_salt, seq.is_bound) == ("x", b"", False)
+    assert seq.bind("abc")
+    assert seq.cache_salt == b"abc"
+
+
+def test_a_sequence_goes_on_with_the_weights_it_began_with_alone():
+    seq = make()
+    assert seq.bind("abc")
+    assert not seq.bind("other")
+    assert seq.bind("abc")
+    assert seq.cache_salt == b"abc"

@@ -13,9 +13,7 @@ from malora_server.engine.config import EngineConfig
 from malora_server.engine.messages import EngineStats, Ready, SamplingParams, Submit
 from malora_server.engine.supervisor import EngineSupervisor
 
-READY = Ready(
-    max_model_len=9, vocab_size=9, num_blocks=1, block_size=1, dtype="", device="", adapters=[]
-)
+READY = Ready(max_model_len=9, vocab_size=9, num_blocks=1, block_size=1, dtype="", device="")
 
 
 class FakeClient:

@@ -114,7 +114,8 @@ class GenerationRequest(Strict):
     n: int | None = Field(None, ge=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    # Less would take a score beyond what a float holds.
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     response_format: ResponseFormat | None = None
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     skip_special_tokens: bool | None = None

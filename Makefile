@@ -7,7 +7,7 @@ PORT ?= 8000
 OUT ?= demo-output
 DATA ?= ../shared/data/tasks
 
-.PHONY: help install demo test test-data chaos lint format bench clean
+.PHONY: help install demo test test-data chaos lint lint-docker image-test format bench clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,13 @@ lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-docker: $(INSTALLED)  ## Check the Dockerfiles and the compose files
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cuda
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose*.yaml
+
+image-test:  ## Build the CPU image and try it, without a Docker engine (root; buildah, debootstrap)
+	docker/image_test.sh
 
 format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff check --fix .

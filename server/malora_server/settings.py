@@ -137,6 +137,11 @@ class Settings(BaseSettings):
     admin_key_file: FilePath | None = Field(
         None, description="File of the admin key, or of several, one a line."
     )
+    tool_call_parser: Literal["hermes", "llama3_json"] = Field(
+        "hermes",
+        description="How the base model writes calls of tools: hermes (Qwen's too) as JSON between "
+        "<tool_call> and </tool_call>, llama3_json as JSON alone.",
+    )
     max_logprobs: int = Field(
         20, ge=0, description="Most alternatives a request may ask for beside each token."
     )

@@ -51,12 +51,59 @@ class TextPart(TypedDict):
     text: str
 
 
+class FunctionCallParam(TypedDict):
+    """A call's function, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallParam(TypedDict):
+    """A call that the assistant made."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCallParam
+
+
 class ChatMessageParam(TypedDict, total=False):
-    """A message of a conversation: role "system", "user" or "assistant"."""
+    """A message of a conversation: role "system", "user", "assistant" or "tool".
+
+    The assistant's may have `tool_calls` in place of content; a tool's result names its call.
+    """
 
     role: Required[str]
-    content: Required[str | Sequence[TextPart]]
+    content: Required[str | Sequence[TextPart] | None]
     name: str
+    tool_calls: Sequence[ToolCallParam]
+    tool_call_id: str
+
+
+class FunctionParam(TypedDict, total=False):
+    """A function that the model may call; parameters: a JSON schema, an object's."""
+
+    name: Required[str]
+    description: str
+    parameters: Mapping[str, object]
+    strict: bool
+
+
+class ToolParam(TypedDict):
+    """A tool; there is one type."""
+
+    type: Literal["function"]
+    function: FunctionParam
+
+
+class _FunctionName(TypedDict):
+    name: str
+
+
+class ToolChoiceParam(TypedDict):
+    """The function that the reply must call."""
+
+    type: Literal["function"]
+    function: _FunctionName
 
 
 class GenerationParams(TypedDict, total=False):
@@ -105,10 +152,16 @@ class CompletionParams(GenerationParams, total=False):
 
 
 class ChatParams(GenerationParams, total=False):
-    """logprobs: whether to send them; top_logprobs: how many alternatives a token."""
+    """logprobs: whether to send them; top_logprobs: how many alternatives a token.
+
+    tools: what the model may call; tool_choice: whether it may ("auto", "none"), or what it must.
+    """
 
     messages: Required[Sequence[ChatMessageParam | ChatMessage]]
     max_completion_tokens: int | None
+    tools: Sequence[ToolParam] | None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoiceParam | None
+    parallel_tool_calls: bool | None
     logprobs: bool | None
     top_logprobs: int | None
 
@@ -119,6 +172,7 @@ class TokenizeParams(TypedDict, total=False):
     model: str | None
     prompt: str | None
     messages: Sequence[ChatMessageParam | ChatMessage] | None
+    tools: Sequence[ToolParam] | None
     add_special_tokens: bool | None
     return_token_strs: bool | None
 

@@ -14,7 +14,7 @@ from malora_server.api.grammars import grammar_of
 from malora_server.api.limits import check_limits
 from malora_server.api.protocol import ChatCompletionRequest
 from malora_server.api.sampling import TokenLimits, check_logprobs, sampling_params
-from malora_server.api.state import Record, Server
+from malora_server.api.state import Record, Server, ServerState
 from malora_server.api.streaming import (
     CLIENT_CLOSED_REQUEST,
     ChunkFrame,
@@ -23,6 +23,9 @@ from malora_server.api.streaming import (
     encode_json,
 )
 from malora_server.api.tokenizer import Tokenizer
+from malora_server.api.tool_parser import FORMATS
+from malora_server.api.tool_reply import ToolReply
+from malora_server.api.tools import OfferedTools, offered_tools
 
 router = APIRouter()
 
@@ -31,8 +34,16 @@ class ChatWriter:
     """A chat completion's choices, whole or in chunks."""
 
     def __init__(
-        self, tokenizer: Tokenizer, generation: Generation, body: ChatCompletionRequest
+        self,
+        tokenizer: Tokenizer,
+        generation: Generation,
+        body: ChatCompletionRequest,
+        offered: OfferedTools | None,
     ) -> None:
+        """offered: the tools that the replies may call."""
+        self._replies = (
+            None if offered is None else [ToolReply(offered.parser()) for _ in generation.choices]
+        )
         self._tokenizer = tokenizer
         self._generation = generation
         self._wants_logprobs = bool(body.logprobs)
@@ -46,6 +57,10 @@ class ChatWriter:
         self.usage_chunk = frame.usage_chunk
         self._tail = frame.tail
         self._plain_tail = b'},"logprobs":null,"finish_reason":null' + frame.tail
+
+    @cached_property
+    def _bare_heads(self) -> list[bytes]:
+        return self._frame.heads(b"")
 
     @cached_property
     def _heads(self) -> list[bytes]:
@@ -62,6 +77,8 @@ class ChatWriter:
     def chunk(self, delta: Delta) -> bytes:
         """The event for a delta; a choice's first one names the role."""
         index = delta.index
+        if self._replies is not None:
+            return self._chunk_with_calls(delta, self._replies[index])
         heads = self._heads
         if index in self._unstarted:
             self._unstarted.discard(index)
@@ -74,6 +91,19 @@ class ChatWriter:
         details = encode_json(self._details([delta]))
         return heads[index] + text + b"}," + details[1:-1] + self._tail
 
+    def _chunk_with_calls(self, delta: Delta, reply: ToolReply) -> bytes:
+        index = delta.index
+        added = reply.add(delta)
+        if index in self._unstarted:
+            self._unstarted.discard(index)
+            added = {"role": "assistant", "content": None, **added}
+        elif not added and self._plain and delta.finish_reason is None:
+            return b""
+        details = self._details([delta])
+        details["finish_reason"] = reply.finish_reason(delta)
+        fields = encode_json({"delta": added, **details})
+        return self._bare_heads[index] + b"," + fields[1:-1] + self._tail
+
     def reply(self, collected: list[list[Delta]]) -> bytes:
         """The whole reply."""
         model = self._generation.model
@@ -85,19 +115,23 @@ class ChatWriter:
                 "model": model.name,
                 "system_fingerprint": self._generation.fingerprint,
                 "choices": [
-                    {
-                        "index": index,
-                        "message": {
-                            "role": "assistant",
-                            "content": "".join(delta.text for delta in deltas),
-                        },
-                        **self._details(deltas),
-                    }
+                    {"index": index, **self._choice(deltas)}
                     for index, deltas in enumerate(collected)
                 ],
                 "usage": self._generation.usage(),
             }
         )
+
+    def _choice(self, deltas: list[Delta]) -> dict[str, Any]:
+        details = self._details(deltas)
+        if self._replies is None:
+            content = "".join(delta.text for delta in deltas)
+            return {"message": {"role": "assistant", "content": content}, **details}
+        reply = self._replies[deltas[0].index]
+        for delta in deltas:
+            reply.add(delta)
+        details["finish_reason"] = reply.finish_reason(deltas[-1])
+        return {"message": reply.message(), **details}
 
     def _details(self, deltas: list[Delta]) -> dict[str, Any]:
         details: dict[str, Any] = {
@@ -113,6 +147,15 @@ class ChatWriter:
         return details
 
 
+async def _grammar(
+    server: ServerState, body: ChatCompletionRequest, offered: OfferedTools | None
+) -> str | None:
+    calls = None if offered is None else offered.grammar()
+    if calls is not None:
+        return await server.grammars.check("calls", calls, "tools")
+    return await grammar_of(server.grammars, body)
+
+
 @router.post("/v1/chat/completions")
 async def chat_completions(
     body: ChatCompletionRequest, request: Request, server: Server, record: Record
@@ -126,7 +169,10 @@ async def chat_completions(
     if body.max_tokens == 0:
         raise invalid("max_tokens", "max_tokens must be at least 1.")
     check_limits(server, body, num_prompts=1)
-    prompt = server.tokenizer.render_chat(body.messages)
+    format = FORMATS[server.settings.tool_call_parser]
+    offered = offered_tools(format, body)
+    tools = () if offered is None else offered.tools
+    prompt = server.tokenizer.render_chat(body.messages, tools, format)
     add = bool(body.add_special_tokens)
     token_ids = await server.tokenizer.encode(prompt, add_special_tokens=add)
     if not token_ids:
@@ -140,10 +186,10 @@ async def chat_completions(
         body,
         max_tokens=limits.resolve(len(token_ids), server),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=await grammar_of(server.grammars, body),
+        grammar=await _grammar(server, body, offered),
     )
     generation = Generation(server, record, model, body, [(token_ids, params)])
-    writer = ChatWriter(server.tokenizer, generation, body)
+    writer = ChatWriter(server.tokenizer, generation, body, offered)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(generation, writer, record, with_usage=with_usage)

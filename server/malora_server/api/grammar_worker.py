@@ -58,10 +58,25 @@ def check(tokenizer: LLTokenizer, kind: str, value: str) -> str:
         case "ebnf":
             _check_ebnf(value)
             grammar = grammars.from_ebnf(value)
+        case "calls":
+            grammar = _from_calls(json.loads(value))
         case _:
             raise GrammarError(f"there is no kind {kind!r} of grammar")
     grammars.compile_grammar(tokenizer, grammar)
     return grammar
+
+
+def _from_calls(wanted: dict[str, Any]) -> str:
+    """What `OfferedTools.grammar` asks for: one or more calls, each with arguments that fit."""
+    rules, more = [], wanted["max_calls"] - 1
+    for number, call in enumerate(wanted["calls"]):
+        check_schema(call["schema"])
+        head, tail = json.dumps(call["head"]), json.dumps(call["tail"])
+        rules.append(f"call_{number}: {head} {grammars.json_rule(call['schema'])} {tail}")
+    separator = json.dumps(wanted["separator"])
+    names = " | ".join(f"call_{number}" for number in range(len(rules)))
+    again = f" ({separator} call){{0,{more}}}" if more else ""
+    return grammars.from_lark("\n".join([f"start: call{again}", f"call: {names}", *rules]))
 
 
 def check_schema(schema: Any) -> None:

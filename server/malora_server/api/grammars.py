@@ -37,7 +37,7 @@ class GrammarChecker:
     async def check(self, kind: str, value: str, param: str) -> str:
         """The engine's grammar; ApiError 400 `invalid_grammar`, which says why, for a bad one.
 
-        kind: "json", "regex", "choice" or "ebnf", as `grammar_worker.check` takes it.
+        kind: "json", "regex", "choice", "ebnf" or "calls", as `grammar_worker.check` takes it.
         """
         if len(value) > MAX_GRAMMAR_LENGTH:
             raise _invalid(

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+MAX_TOOLS = 128
 _INT64 = 2**63
 
 
@@ -163,12 +173,79 @@ class TextPart(Strict):
     text: Text
 
 
-class ChatMessage(Strict):
-    """One message of a conversation."""
+class FunctionCall(Strict):
+    """A function's name, and its arguments as JSON text."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    name: Text
+    arguments: Text
+
+
+class ToolCall(Strict):
+    """A call that the assistant made; `index` is what a stream numbers it with."""
+
+    id: Text
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class ChatMessage(Strict):
+    """One message of a conversation; the assistant's may have calls in place of content."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[ToolCall] | None = None
+    content: Text | list[TextPart] | None = Field(None, validate_default=True)
     name: Text | None = None
+    tool_call_id: Text | None = None
+
+    @property
+    def text(self) -> str:
+        """The content's text."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+    @model_validator(mode="after")
+    def _check_role(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("value_error", "Only the assistant has tool_calls")
+        return self
+
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and not info.data.get("tool_calls"):
+            raise PydanticCustomError("missing", "A message without tool_calls needs content")
+        return content
+
+
+class Function(Strict):
+    """A function that the model may call; parameters: a JSON schema, an object's."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(Strict):
+    """A tool; there is one type."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    """Which function."""
+
+    name: Text
+
+
+class NamedToolChoice(Strict):
+    """The function that the reply must call."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -178,6 +255,9 @@ class ChatCompletionRequest(GenerationRequest):
     add_special_tokens: bool | None = None
     logprobs: bool | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
+    parallel_tool_calls: bool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
     top_logprobs: int | None = Field(None, ge=0)
 
 
@@ -187,6 +267,7 @@ class TokenizeRequest(Strict):
     model: Text | None = None
     prompt: Text | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

@@ -9,6 +9,7 @@ from malora_server.api.protocol import DetokenizeRequest, TokenizeRequest
 from malora_server.api.sampling import check_token_ids
 from malora_server.api.state import Server
 from malora_server.api.streaming import encode_json
+from malora_server.api.tool_parser import FORMATS
 
 router = APIRouter()
 
@@ -24,7 +25,9 @@ async def tokenize(body: TokenizeRequest, server: Server) -> Response:
     # A chat template writes its special tokens itself.
     add = body.add_special_tokens
     if body.messages is not None:
-        prompt = server.tokenizer.render_chat(body.messages)
+        prompt = server.tokenizer.render_chat(
+            body.messages, body.tools or (), FORMATS[server.settings.tool_call_parser]
+        )
         add = bool(add)
     assert prompt is not None
     tokens = await server.tokenizer.encode(prompt, add_special_tokens=add is not False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,9 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
 from malora_server.api.errors import ApiError
-from malora_server.api.protocol import ChatMessage
+from malora_server.api.protocol import ChatMessage, FunctionTool
+from malora_server.api.tool_parser import CallFormat
+from malora_server.api.tools import plain_messages, template_messages
 from malora_server.settings import StartError
 
 _LONG_TEXT = 4096
@@ -76,8 +79,13 @@ class Tokenizer:
         """All tokens at once."""
         return self.backend.decode(token_ids, skip_special_tokens)
 
-    def render_chat(self, messages: list[ChatMessage]) -> str:
-        """The conversation as a prompt that asks for the assistant's turn."""
+    def render_chat(
+        self, messages: list[ChatMessage], tools: Sequence[FunctionTool], format: CallFormat
+    ) -> str:
+        """The conversation as a prompt that asks for the assistant's turn.
+
+        format: how a template that knows no tools has them, and calls, written.
+        """
         if not self._pretrained.chat_template:
             raise ApiError(
                 400,
@@ -85,19 +93,15 @@ class Tokenizer:
                 code="chat_template_missing",
                 param="messages",
             )
-        plain = [
-            {
-                "role": message.role,
-                "content": message.content
-                if isinstance(message.content, str)
-                else "".join(part.text for part in message.content),
-                **({"name": message.name} if message.name is not None else {}),
-            }
-            for message in messages
-        ]
+        shown = [tool.model_dump(exclude_none=True) for tool in tools] or None
+        template: str = self._pretrained.get_chat_template(None, shown)
+        if "tools" in template:
+            conversation = template_messages(messages)
+        else:
+            conversation, shown = plain_messages(messages, tools, format), None
         try:
             prompt: str = self._pretrained.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=True
+                conversation, tools=shown, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
             raise ApiError(

@@ -42,6 +42,16 @@ def from_json_schema(schema: dict[str, Any] | str) -> str:
         raise GrammarError(f"the schema is no JSON object: {error}") from None
 
 
+def json_rule(schema: dict[str, Any]) -> str:
+    """JSON that fits a schema, as a part of a rule in `from_lark`'s notation."""
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}})
+
+
+def from_lark(text: str) -> str:
+    """The grammar of a context-free grammar in Lark's notation."""
+    return LLMatcher.grammar_from_lark(text)
+
+
 def from_regex(regex: str) -> str:
     """The grammar of the texts that match the whole of a regular expression (Rust's syntax)."""
     return LLMatcher.grammar_from_regex(regex)

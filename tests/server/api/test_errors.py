@@ -117,7 +117,7 @@ async def test_a_bad_value_names_its_field(
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
         ({"logprobs": True, "top_logprobs": 6}, "top_logprobs", "invalid_value"),
-        ({"tools": []}, "tools", "unknown_parameter"),
+        ({"functions": []}, "functions", "unknown_parameter"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         (
             {"messages": [{"role": "developer", "content": "a"}]},

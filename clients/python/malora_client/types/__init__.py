@@ -9,6 +9,10 @@ from malora_client.types.chat import (
     ChatLogprobs,
     ChatMessage,
     ChatTokenLogprob,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCall,
+    ToolCallDelta,
     TopLogprob,
 )
 from malora_client.types.completion import (
@@ -42,6 +46,8 @@ __all__ = [
     "CompletionChunk",
     "Deleted",
     "ExpertGate",
+    "FunctionCall",
+    "FunctionCallDelta",
     "Health",
     "Listing",
     "Logprobs",
@@ -51,6 +57,8 @@ __all__ = [
     "Routing",
     "Text",
     "Tokens",
+    "ToolCall",
+    "ToolCallDelta",
     "TopLogprob",
     "Usage",
 ]

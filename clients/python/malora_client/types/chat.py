@@ -5,11 +5,43 @@ from __future__ import annotations
 from malora_client.types.shared import Reply, Routing, Usage
 
 
+class FunctionCall(Reply):
+    """The function's name, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Reply):
+    """A call that the model wants made; answer with a message of role "tool" and its id."""
+
+    id: str
+    type: str = "function"
+    function: FunctionCall
+
+
 class ChatMessage(Reply):
     """A message of a conversation; may be sent back as it is."""
 
     role: str
     content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class FunctionCallDelta(Reply):
+    """What a chunk adds to a call: its name at first, then pieces of its arguments."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(Reply):
+    """What a chunk adds to the message's call of that index; `id` comes at first."""
+
+    index: int
+    id: str | None = None
+    type: str | None = None
+    function: FunctionCallDelta
 
 
 class ChatDelta(Reply):
@@ -17,6 +49,7 @@ class ChatDelta(Reply):
 
     role: str | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class TopLogprob(Reply):

@@ -171,6 +171,42 @@ def test_every_metric_of_the_dashboard_and_the_alerts_is_one_of_ours(url: str) -
         assert names == known, expr
 
 
+VLLM_NAMES = (
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "num_preemptions_total",
+    "prompt_tokens_total",
+    "prompt_tokens_cached_total",
+    "generation_tokens_total",
+    "request_success_total",
+    "e2e_request_latency_seconds_bucket",
+    "time_to_first_token_seconds_bucket",
+    "inter_token_latency_seconds_bucket",
+    "request_time_per_output_token_seconds_bucket",
+    "request_queue_time_seconds_sum",
+    "request_prefill_time_seconds_sum",
+    "request_decode_time_seconds_sum",
+    "request_inference_time_seconds_sum",
+    "request_prompt_tokens_bucket",
+    "request_generation_tokens_bucket",
+    "request_max_num_generation_tokens_sum",
+    "request_params_n_sum",
+    "request_params_max_tokens_sum",
+)
+"""What vLLM's dashboards query, of one `model_name`."""
+
+
+@pytest.mark.parametrize("name", VLLM_NAMES)
+def test_a_dashboard_of_vllms_works_with_our_prefix(prometheus: Prometheus, name: str) -> None:
+    values = prometheus.query(f'malora_{name}{{model_name="base"}}')
+    assert values
+    if name.endswith(("_total", "_bucket", "_sum")) and name != "num_preemptions_total":
+        assert max(values) > 0
+
+
 def test_prometheus_evaluates_the_alerts_and_none_fires(prometheus: Prometheus) -> None:
     (group,) = prometheus.get("rules")["groups"]
     assert len(group["rules"]) >= 10

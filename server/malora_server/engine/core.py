@@ -516,7 +516,7 @@ class EngineCore:
             first += chunk.num_tokens
         self._monitor.count_step(first)
         watched = self._monitor.wants_routing(
-            adapted=any(each.adapter is not None for each in inputs),
+            (each.adapter for each in inputs),
             decodes_alone=first == len(chunks),
         )
         routed = watched or any(seq.sampling.routing is not None for seq in sequences)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, starmap
 
@@ -94,12 +94,14 @@ class Monitor:
         self._num_steps[bisect_left(STEP_TOKEN_BUCKETS, num_tokens)] += 1
         self._num_tokens += num_tokens
 
-    def wants_routing(self, adapted: bool, decodes_alone: bool) -> bool:
-        """Whether the next step is one whose routing is sampled. adapted: it has any adapter."""
-        if not adapted or (decodes_alone and not self._samples_decodes):
-            return False
+    def wants_routing(
+        self, adapters: Iterable[ResidentAdapter | None], decodes_alone: bool
+    ) -> bool:
+        """Whether the next step is one whose routing is sampled. adapters: its chunks'."""
         now = self._clock()
-        if now < self._next_sample:
+        if now < self._next_sample or (decodes_alone and not self._samples_decodes):
+            return False
+        if all(adapter is None for adapter in adapters):
             return False
         self._next_sample = now + INTERVAL_SECONDS
         return True

@@ -120,15 +120,43 @@ def test_steps_are_counted_by_size_and_told_once_a_second():
 def test_one_step_a_second_is_sampled_and_no_decode_where_graphs_run_it():
     clock = Clock()
     monitor = Monitor(samples_decodes=False, clock=clock)
-    assert not monitor.wants_routing(adapted=False, decodes_alone=False)
-    assert not monitor.wants_routing(adapted=True, decodes_alone=True)
-    assert monitor.wants_routing(adapted=True, decodes_alone=False)
+    assert not monitor.wants_routing([None], decodes_alone=False)
+    assert not monitor.wants_routing([None, adapter(2)], decodes_alone=True)
+    assert monitor.wants_routing([None, adapter(2)], decodes_alone=False)
     clock.now += 0.9
-    assert not monitor.wants_routing(adapted=True, decodes_alone=False)
+    assert not monitor.wants_routing([None, adapter(2)], decodes_alone=False)
     clock.now += 0.2
-    assert monitor.wants_routing(adapted=True, decodes_alone=False)
+    assert monitor.wants_routing([None, adapter(2)], decodes_alone=False)
     on_the_cpu = Monitor(samples_decodes=True, clock=clock)
-    assert on_the_cpu.wants_routing(adapted=True, decodes_alone=True)
+    assert on_the_cpu.wants_routing([None, adapter(2)], decodes_alone=True)
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_of_an_engine_whose_decodes_have_graphs_the_prompts_are_sampled(
+    tiny_base, make_adapter, tmp_path, pipelined
+):
+    base = tiny_base("llama")
+    make_adapter(base, tmp_path / "mine", 1, num_experts=4, top_k=2, r=3, basis_dim=8)
+    config = EngineConfig(base=str(base), adapters=str(tmp_path), num_threads=1)
+    core = EngineCore(config, pipelined=pipelined)
+    clock = Clock()
+    core._monitor = Monitor(samples_decodes=False, clock=clock)
+    sampling = SamplingParams(max_tokens=6, seed=0, temperature=0.0, ignore_eos=True)
+    submit = Submit(
+        request_id="a",
+        prompt_token_ids=list(range(1, 12)),
+        sampling=sampling,
+        adapter="mine",
+        digest="x",
+    )
+    assert core.add(submit) is None
+    while core.has_work:
+        clock.now += 2
+        core.step()
+    report = core.report()
+    assert report is not None
+    assert [sample.count for sample in report.routing] == [[11, 11, 11]]
+    assert report.num_tokens >= 11 + 5
 
 
 def test_the_engine_reports_the_gates_that_its_tokens_took(tiny_base, make_adapter, tmp_path):

@@ -31,8 +31,9 @@ from malora_server.api.registry import ModelRegistry
 from malora_server.api.state import ServerState
 from malora_server.api.tokenizer import Tokenizer
 from malora_server.connections import Connection
-from malora_server.engine.client import EngineStartError
+from malora_server.engine.client import EngineClient, EngineStartError
 from malora_server.engine.config import EngineConfig
+from malora_server.engine.messages import AdapterStatus
 from malora_server.engine.supervisor import EngineSupervisor
 from malora_server.logs import configure_logging
 from malora_server.metrics import Metrics
@@ -65,8 +66,17 @@ def create_app(
     """The ASGI application over a started engine; StartError where names clash."""
     metrics = Metrics(engine, settings.base_name, settings.max_metric_models)
     registry = ModelRegistry(settings.base_name, settings.adapters, engine)
-    engine.on_adapter = registry.on_status
-    engine.on_restart = registry.on_restart
+
+    def on_adapter(status: AdapterStatus) -> None:
+        registry.on_status(status)
+        metrics.add_adapter(status)
+
+    async def on_restart(client: EngineClient) -> None:
+        metrics.engine_restarted()
+        await registry.on_restart(client)
+
+    engine.on_adapter = on_adapter
+    engine.on_restart = on_restart
     engine.on_report = metrics.add_report
     app = FastAPI(title="malora")
     app.state.server = ServerState(

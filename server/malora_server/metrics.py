@@ -185,7 +185,7 @@ class _EngineCollector(Collector):
     def _residency(self) -> Metric:
         family = GaugeMetricFamily(
             "malora_adapter_resident_bytes",
-            "Bytes of an adapter's own in a tier, its basis not among them where others share it.",
+            "Bytes of an adapter in a tier, its basis among them, which others may share.",
             labels=("model_name", "tier"),
         )
         sums: dict[tuple[str, str], int] = {}
@@ -345,7 +345,7 @@ class Metrics:
         )
         self._load_failures = self._counter("adapter_load_failures", "Loads that failed.")
         self._evictions = self._counter(
-            "adapter_evictions", "Departures from a tier: for others, or unloaded.", "tier"
+            "adapter_evictions", "Departures from a tier, to make room for others.", "tier"
         )
         self._http = Counter(
             "malora_http_requests",
@@ -412,23 +412,24 @@ class Metrics:
             else:
                 known.add(more)
 
-    def add_adapters(self, statuses: Iterable[AdapterStatus]) -> None:
-        """Take in what became of adapters: every change, in the order they happened."""
-        for status in statuses:
-            key = status.name, status.number
-            name = self._name_of(status.name)
-            before = self._engine.residents.pop(key, None)
-            was_on_device = before is not None and before.tier == "device"
-            if status.tier in ("host", "device"):
-                self._engine.residents[key] = status
-                if before is None:
-                    self._load_seconds.labels(name).observe(status.load_seconds)
-            elif status.tier == "failed":
-                self._load_failures.labels(name).inc()
-            if was_on_device and status.tier != "device":
-                self._evictions.labels(name, "device").inc()
-            if before is not None and status.tier not in ("host", "device"):
-                self._evictions.labels(name, "host").inc()
+    def add_adapter(self, status: AdapterStatus) -> None:
+        """Take in what became of an adapter."""
+        name = self._name_of(status.name)
+        if status.tier in ("host", "device"):
+            self._engine.residents[status.name, status.number] = status
+        else:
+            self._engine.residents.pop((status.name, status.number), None)
+        for _ in range(status.loads):
+            self._load_seconds.labels(name).observe(status.load_seconds)
+        for tier, count in (("device", status.device_evictions), ("host", status.host_evictions)):
+            if count:
+                self._evictions.labels(name, tier).inc(count)
+        if status.load_failures:
+            self._load_failures.labels(name).inc(status.load_failures)
+
+    def engine_restarted(self) -> None:
+        """Forget what the last engine had in memory."""
+        self._engine.residents.clear()
 
     def http_request(self, method: str, path: str | None, status: int) -> None:
         """Count one HTTP request; `path` is the route's pattern, None where none matched."""

@@ -36,8 +36,10 @@ def watched(
     adapters: Path,  # noqa: F811
     collector: Collector,
 ) -> Iterator[Server]:
-    """The server that is watched: the embedded base and a few adapters."""
+    """The server that is watched: the embedded base, and more adapters than memory holds."""
     flags = ("--base", BASE, "--served-model-name", "base", "--adapters", adapters)
+    # The largest adapter has five megabytes, all four have seven.
+    flags += ("--adapter-device-memory", "5500KiB", "--adapter-host-memory", "6MiB")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # milliseconds between batches of spans
         server = launch(*flags, "--kv-cache-memory", "64MiB", "--otlp-endpoint", collector.url)

@@ -93,6 +93,11 @@ class StoredAdapter:
     is_broken: bool = False
     """Whether another load would fail too."""
     load_seconds: float = 0.0
+    # Since its last status.
+    num_loads: int = 0
+    num_failures: int = 0
+    num_device_evictions: int = 0
+    num_host_evictions: int = 0
 
     @property
     def is_ready(self) -> bool:
@@ -320,7 +325,7 @@ class AdapterStore:
     def changes(self) -> list[AdapterStatus]:
         """Those that changed since the last call."""
         changed, self._changed = self._changed, {}
-        return [_status(adapter) for adapter in changed]
+        return [_take_status(adapter) for adapter in changed]
 
     def stats(self) -> AdapterStoreStats:
         """What the tiers hold."""
@@ -515,6 +520,7 @@ class AdapterStore:
         adapter.load_seconds = time.monotonic() - load.started
         self._used[adapter] = None
         self._num_loads += 1
+        adapter.num_loads += 1
         logger.info(
             "adapter %s loaded in %.3f s (%s)",
             adapter.version.name,
@@ -543,6 +549,7 @@ class AdapterStore:
         logger.error("adapter %s is not served: %s", adapter.version.name, error)
         self._free_place(load)
         self._num_failures += 1
+        adapter.num_failures += 1
         adapter.is_wanted = False
         adapter.error, adapter.is_broken = error, not passing
         self._news.failed.append((adapter, error))
@@ -573,11 +580,13 @@ class AdapterStore:
     def _evict_from_device(self, adapter: StoredAdapter) -> None:
         self._remove_from_device(adapter, discard=False)
         self._num_device_evictions += 1
+        adapter.num_device_evictions += 1
         self._note(adapter)
 
     def _evict_from_host(self, adapter: StoredAdapter) -> None:
         self._remove_from_host(adapter, discard=False)
         self._num_host_evictions += 1
+        adapter.num_host_evictions += 1
         self._note(adapter)
 
     def _remove_from_device(self, adapter: StoredAdapter, discard: bool) -> None:
@@ -644,9 +653,10 @@ def _devices(adapters: Iterable[StoredAdapter]) -> list[ResidentAdapter]:
     return [adapter.device for adapter in adapters if adapter.device is not None]
 
 
-def _status(adapter: StoredAdapter) -> AdapterStatus:
+def _take_status(adapter: StoredAdapter) -> AdapterStatus:
+    """Its status; what it counts starts again from there."""
     num_bytes = 0 if adapter.packed is None else adapter.packed.num_bytes
-    return AdapterStatus(
+    status = AdapterStatus(
         adapter.version.name,
         adapter.version.number,
         adapter.tier,
@@ -658,4 +668,11 @@ def _status(adapter: StoredAdapter) -> AdapterStatus:
         info=adapter.info,
         error=None if adapter.error is None else str(adapter.error),
         error_code=None if adapter.error is None else adapter.error.code,
+        loads=adapter.num_loads,
+        load_failures=adapter.num_failures,
+        device_evictions=adapter.num_device_evictions,
+        host_evictions=adapter.num_host_evictions,
     )
+    adapter.num_loads = adapter.num_failures = 0
+    adapter.num_device_evictions = adapter.num_host_evictions = 0
+    return status

@@ -265,6 +265,13 @@ class AdapterStatus(msgspec.Struct, array_like=True, frozen=True):
     info: AdapterInfo | None = None
     error: str | None = None
     error_code: str | None = None
+    loads: int = 0
+    """How often it was read since its last status."""
+    load_failures: int = 0
+    """How often that failed since then."""
+    device_evictions: int = 0
+    """How often it gave way to others on the device since then."""
+    host_evictions: int = 0
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):

@@ -19,8 +19,14 @@ COMPLETIONS = "/v1/completions"
 MAX_TOKENS = 16
 ANSWER_SECONDS = 90
 """In which every request has its answer, whatever becomes of the engine meanwhile."""
-PASSING = {429: {"queue_full"}, 503: {"engine_dead"}}
+PASSING = {429: {"queue_full"}, 503: {"engine_dead", "adapter_load_failed"}}
 """Errors that a well-formed request may get at any time."""
+UNSTEADY = {
+    400: {"adapter_file_invalid", "adapter_file_missing", "adapter_config_invalid"},
+    404: {"model_not_found", "adapter_not_found"},
+    503: {"adapter_changed"},
+}
+"""Further ones that it may get of an adapter that is tampered with."""
 
 
 class Expected:
@@ -29,7 +35,9 @@ class Expected:
     def __init__(self, prompts: list[str]) -> None:
         self.prompts = prompts
         self.models: list[str] = []
-        """The names that can be asked for at any time."""
+        """The names that can be asked for."""
+        self.unsteady: set[str] = set()
+        """Names of adapters that are tampered with."""
         self.texts: dict[tuple[str, str], str] = {}
         """By fingerprint and prompt."""
         self.fingerprints: dict[str, set[str]] = {}
@@ -41,8 +49,6 @@ class Load:
 
     def __init__(self, url: str, expected: Expected, seed: int) -> None:
         self.url = url
-        self.unsteady: dict[str, set[str]] = {}
-        """Names of adapters that are tampered with, and the error codes that these may give."""
         self.outcomes: Counter[str] = Counter()
         self.problems: list[str] = []
         self.slowest = 0.0
@@ -117,9 +123,10 @@ class Load:
         error = json.loads(content)["error"]
         assert error.keys() == {"message", "type", "param", "code"}
         code: str = error["code"]
-        allowed = code in PASSING.get(status, ())
-        if not allowed:
-            assert code in self.unsteady.get(body["model"], ()), f"{status}: {error}"
+        allowed = PASSING.get(status, set())
+        if body["model"] in self._expected.unsteady:
+            allowed = allowed | UNSTEADY.get(status, set())
+        assert code in allowed, f"{body['model']}: {status}: {error}"
         return code
 
     async def _whole(self, http: httpx.AsyncClient, rng: random.Random, **fields: Any) -> str:
@@ -136,6 +143,11 @@ class Load:
             if "logprobs" in body:
                 assert len(choice["logprobs"]["token_logprobs"]) == MAX_TOKENS
         return "right"
+
+    async def ask(self, http: httpx.AsyncClient, model: str, rng: random.Random) -> None:
+        """One request of a model, like those of the workers."""
+        outcome = await self._whole(http, rng, model=model)
+        self.outcomes[f"{model.partition('-')[0]}: {outcome}"] += 1
 
     async def _several(self, http: httpx.AsyncClient, rng: random.Random) -> str:
         return await self._whole(http, rng, n=3)

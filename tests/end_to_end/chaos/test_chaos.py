@@ -8,6 +8,7 @@ import asyncio
 import os
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -29,7 +30,12 @@ SEED = int(os.environ.get("MALORA_CHAOS_SEED", 1))
 NUM_CONNECTIONS = 10_000 if SECONDS else 1_000
 NUM_WORKERS = 12
 ENGINE_TIMEOUT = 4
+DEVICE_MEMORY = "10MiB"
+HOST_MEMORY = "12MiB"
+"""Too little for all adapters at a time, enough for the largest beside those that get pinned."""
 NAMES = ["experts", "compact", "dense", "lora"]
+CONTENTS = NAMES[1:]
+"""What adapters are replaced with."""
 PROMPTS = [
     "Count from one:",
     "The capital of France is",
@@ -40,11 +46,22 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapters that the server serves."""
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of adapters, on a small disk of its own where this process may make one."""
     root = tmp_path_factory.mktemp("chaos")
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(root)]
+    mounted = os.geteuid() == 0 and subprocess.run(command, check=False).returncode == 0
+    yield root
+    if mounted:
+        subprocess.run(["umount", "-l", str(root)], check=True)
+
+
+@pytest.fixture(scope="module")
+def folder(root: Path, adapters: Path) -> Path:
+    """The adapters that the server serves, and one that will be replaced by others of them."""
     for name in NAMES:
         shutil.copytree(adapters / name, root / name)
+    shutil.copytree(root / CONTENTS[0], root / "swap")
     return root
 
 
@@ -80,7 +97,10 @@ async def expect(url: str, texts: dict[tuple[str, str], str]) -> Expected:
             fingerprint = document["system_fingerprint"]
             expected.texts[fingerprint, prompt] = text
             expected.fingerprints.setdefault(model, set()).add(fingerprint)
-    expected.models = list(expected.fingerprints)
+    expected.models = [*expected.fingerprints, "swap"]
+    expected.unsteady = {"swap", "storm-0", "storm-1"}
+    contents = {name for names in expected.fingerprints.values() for name in names} - {"base"}
+    expected.fingerprints |= dict.fromkeys(expected.unsteady, contents)
     return expected
 
 
@@ -103,10 +123,21 @@ async def test_nothing_is_lost_leaks_or_is_wrong(
 ) -> None:
     flags = ("--base", BASE, "--served-model-name", "base", "--adapters", folder)
     times = ("--engine-timeout", ENGINE_TIMEOUT, "--shutdown-timeout", 10)
-    server = launch(*flags, *times, "--kv-cache-memory", "48MiB", "--max-num-seqs", 16)
+    sizes = ("--kv-cache-memory", "48MiB", "--max-num-seqs", 16)
+    memory = ("--adapter-device-memory", DEVICE_MEMORY, "--adapter-host-memory", HOST_MEMORY)
+    server = launch(*flags, *times, *sizes, *memory)
     expected = await expect(server.url, texts)
-    faults = Faults(server, NUM_CONNECTIONS, ENGINE_TIMEOUT)
     load = Load(server.url, expected, SEED)
+    faults = Faults(
+        server,
+        load,
+        folder,
+        [folder / name for name in CONTENTS],
+        seed=SEED,
+        num_connections=NUM_CONNECTIONS,
+        engine_timeout=ENGINE_TIMEOUT,
+        has_small_disk=folder.is_mount(),
+    )
     rng = random.Random(SEED)
     started = time.monotonic()
     working = asyncio.create_task(load.run(NUM_WORKERS))
@@ -118,7 +149,7 @@ async def test_nothing_is_lost_leaks_or_is_wrong(
         print(f"{time.monotonic() - started:6.1f} s: {fault.__name__}", flush=True)
         await fault()
         uses.append(Use.of(server))
-        await asyncio.sleep(rng.uniform(0.5, 2 if not SECONDS else 6))
+        await asyncio.sleep(rng.uniform(0.2, 6 if SECONDS else 0.5))
     load.stop()
     await working
     report(load, time.monotonic() - started, uses)
@@ -177,7 +208,10 @@ async def check_at_rest(url: str, num_engines_lost: int) -> None:
             if found == want or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.2)
-    assert found == want
+        assert found == want
+        adapters = (await http.get("/v1/adapters")).json()["data"]
+    assert {adapter["name"] for adapter in adapters} == {*NAMES, "swap"}
+    assert {adapter["in_flight"] for adapter in adapters} == {0}
 
 
 async def check_use(server: Any, uses: list[Use], num_faults: int) -> None:

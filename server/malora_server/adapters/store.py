@@ -82,6 +82,8 @@ class StoredAdapter:
     is_wanted: bool = False
     """Asked for beside requests: to be loaded once, whoever waits."""
     pinned: bool = False
+    is_to_be_pinned: bool = False
+    """As soon as it is loaded."""
     retired: bool = False
     """No new requests come; it goes with the last of those there are."""
     num_requests: int = 0
@@ -223,12 +225,15 @@ class AdapterStore:
         return adapter
 
     def pin(self, version: AdapterVersion, pinned: bool) -> None:
-        """Keep an adapter that is in host memory on the device, or do so no more.
+        """Keep an adapter on the device once it is loaded, or do so no more.
 
         Refused, as its next status tells, where it finds no room beside the others that are pinned.
         """
         adapter = self._adapters.get((version.name, version.number))
         if adapter is None:
+            return
+        adapter.is_to_be_pinned = pinned and adapter.packed is None and adapter.is_loading
+        if adapter.is_to_be_pinned:
             return
         adapter.error = None
         if pinned and adapter.packed is None:
@@ -250,7 +255,7 @@ class AdapterStore:
         adapter = self._adapters.get((version.name, version.number))
         if adapter is not None:
             adapter.retired = True
-            adapter.pinned = adapter.is_wanted = False
+            adapter.pinned = adapter.is_to_be_pinned = adapter.is_wanted = False
             self._pinned.pop(adapter, None)
             self._drop_if_done(adapter)
 
@@ -531,6 +536,8 @@ class AdapterStore:
         adapter.is_wanted = False
         self._end_load()
         self._note(adapter)
+        if adapter.is_to_be_pinned:
+            self.pin(adapter.version, True)
         self._drop_if_done(adapter)
 
     def _refuse_load(self, error: AdapterError, passing: bool) -> None:
@@ -552,6 +559,7 @@ class AdapterStore:
         adapter.num_failures += 1
         adapter.is_wanted = False
         adapter.error, adapter.is_broken = error, not passing
+        adapter.is_to_be_pinned = False
         self._news.failed.append((adapter, error))
         self._end_load()
         self._note(adapter)

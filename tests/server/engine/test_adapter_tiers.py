@@ -316,7 +316,6 @@ def test_pinned_adapters_stay_and_leave_room_or_say_so(made, size):
 
     def pin(name, pinned=True):
         core.manage(LoadAdapter(requests.version(name)))
-        requests.finish()
         core.manage(PinAdapter(requests.version(name), pinned))
         requests.step()
         requests.finish()

@@ -146,12 +146,13 @@ def test_of_an_engine_whose_decodes_have_graphs_the_prompts_are_sampled(
         request_id="a",
         prompt_token_ids=list(range(1, 12)),
         sampling=sampling,
-        adapter="mine",
-        digest="x",
+        adapter=AdapterVersion("mine", path=str(tmp_path / "mine")),
     )
     assert core.add(submit) is None
     while core.has_work:
         clock.now += 2
+        if not core.is_runnable:
+            core.wait(1)
         core.step()
     report = core.report()
     assert report is not None

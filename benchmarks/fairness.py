@@ -3,8 +3,9 @@
     python -m benchmarks.fairness [--max-num-seqs 4] [--new-tokens 4] [--seconds 15] [--json FILE]
 
 Nine adapters send one request a second each (`--rate`), at the same times alone and while a tenth
-keeps a backlog. The scheduler gives a newcomer its place within a step or two; what
-is left is what a full batch's step takes longer than a small one's, which `max_num_seqs` sets.
+keeps a backlog. Latency is the steps that a request takes, times what a step takes: the scheduler
+keeps the first as it is alone, but for a step or two until a newcomer has its place; the second
+grows with the batch, which `max_num_seqs` bounds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -50,15 +52,29 @@ def main(
         _serve(core, adapters, rate, new_tokens, flood_tokens, 3, flood=True)  # loads them
         alone = _serve(core, adapters, rate, new_tokens, flood_tokens, seconds, flood=False)
         flooded = _serve(core, adapters, rate, new_tokens, flood_tokens, seconds, flood=True)
-    table = Table("latency, ms", "alone", "flooded", "ratio", title=f"batches of {max_num_seqs}")
+    table = Table("of the nine", "alone", "flooded", "ratio", title=f"batches of {max_num_seqs}")
     results = {}
     for percentile in (50, 99):
-        a, b = (float(np.percentile(run, percentile)) * 1000 for run in (alone, flooded))
-        results[f"p{percentile}"] = {"alone_ms": a, "flooded_ms": b, "ratio": b / a}
-        table.add_row(f"p{percentile}", f"{a:.0f}", f"{b:.0f}", f"{b / a:.2f}")
+        for name, a, b in (
+            (f"p{percentile} latency, ms", alone.latencies_ms, flooded.latencies_ms),
+            (f"p{percentile} steps", alone.steps, flooded.steps),
+        ):
+            before, after = (float(np.percentile(figures, percentile)) for figures in (a, b))
+            results[name] = {"alone": before, "flooded": after, "ratio": after / before}
+            table.add_row(name, f"{before:.0f}", f"{after:.0f}", f"{after / before:.2f}")
     Console().print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=2))
+
+
+@dataclass
+class Run:
+    """What became of the nine's requests."""
+
+    latencies_ms: list[float] = field(default_factory=list)
+    """From when each was due."""
+    steps: list[int] = field(default_factory=list)
+    """Of the engine, from the first after each was sent."""
 
 
 def _serve(
@@ -69,8 +85,8 @@ def _serve(
     flood_tokens: int,
     seconds: int,
     flood: bool,
-) -> list[float]:
-    """The nine's latencies in seconds, from when each request was due."""
+) -> Run:
+    """Serve the nine for so many seconds, and as much of the flood as there is room for."""
     rng = np.random.default_rng(0)
     period = 1 / rate
     due = sorted(
@@ -78,10 +94,10 @@ def _serve(
         for i in range(LIGHT)
         for turn in range(int(seconds * rate))
     )
-    waiting: dict[str, float] = {}
+    waiting: dict[str, tuple[float, int]] = {}
     backlog: set[str] = set()
-    latencies: list[float] = []
-    sent = 0
+    run = Run()
+    sent = num_steps = 0
 
     def send(adapter: str, max_tokens: int) -> str:
         nonlocal sent
@@ -104,21 +120,23 @@ def _serve(
         now = time.perf_counter() - start
         while due and due[0][0] <= now:
             at, i = due.pop(0)
-            waiting[send(f"lora-{i}", new_tokens)] = at
+            waiting[send(f"lora-{i}", new_tokens)] = (at, num_steps)
         while flood and len(backlog) < 64:
             backlog.add(send(f"lora-{LIGHT}", flood_tokens))
         if not core.has_work:
             time.sleep(max(0.0, due[0][0] - now))
             continue
+        num_steps += 1
         for output in core.step().outputs:
             if output.finish_reason is None:
                 continue
             backlog.discard(output.request_id)
             if output.request_id in waiting:
-                at = waiting.pop(output.request_id)
-                latencies.append(time.perf_counter() - start - at)
+                at, before = waiting.pop(output.request_id)
+                run.latencies_ms.append((time.perf_counter() - start - at) * 1000)
+                run.steps.append(num_steps - before)
     core.abort_all()
-    return latencies
+    return run
 
 
 if __name__ == "__main__":

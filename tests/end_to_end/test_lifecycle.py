@@ -86,6 +86,8 @@ async def load(
 ) -> AsyncIterator[tuple[list[Awaitable[list[str]]], Awaitable[httpx.Response]]]:
     """Streams that run, and one reply that is awaited whole."""
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        for index in range(3):  # so that all that follow run at once, none waits for its adapter
+            (await http.post(COMPLETIONS, json=body(index, 1))).raise_for_status()
         streams = [await start_stream(http, index, max_tokens) for index in range(NUM_STREAMS)]
 
         async def rest(stream: AsyncIterator[str]) -> list[str]:

@@ -75,6 +75,7 @@ class Load:
             self._streamed,
             self._several,
             self._with_logprobs,
+            self._follows_a_grammar,
             self._leaves_a_stream,
             self._leaves_a_reply,
             self._bad,
@@ -154,6 +155,15 @@ class Load:
 
     async def _with_logprobs(self, http: httpx.AsyncClient, rng: random.Random) -> str:
         return await self._whole(http, rng, logprobs=2)
+
+    async def _follows_a_grammar(self, http: httpx.AsyncClient, rng: random.Random) -> str:
+        choices = ["yes", "no", "not today"]
+        body = self._body(rng, structured_outputs={"choice": choices}, ignore_eos=False)
+        reply = await http.post(COMPLETIONS, json=body)
+        if reply.status_code != 200:
+            return self._refused(body, reply.status_code, reply.text)
+        assert reply.json()["choices"][0]["text"] in choices
+        return "right"
 
     async def _streamed(self, http: httpx.AsyncClient, rng: random.Random) -> str:
         body = self._body(rng, stream=True)

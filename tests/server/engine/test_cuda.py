@@ -11,6 +11,7 @@ from malora.format import AdaptedLinear
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
+from malora_server.engine.monitor import Monitor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -143,3 +144,26 @@ def test_a_graph_is_right_for_every_mix(cores, count, mix):
         errors += [abs(a.logprob - b.logprob) for a, b in zip(got, expected, strict=True)]
     assert max(errors) < 0.5
     assert sum(errors) / len(errors) < 0.05
+
+
+def test_a_prompts_routing_is_sampled_as_on_the_cpu(cores):
+    requests = list(zip(prompts(8, seed=99), map(str, range(8)), strict=True))
+    sampling = SamplingParams(max_tokens=3, temperature=0.0, seed=0, ignore_eos=True)
+    of_gpu, of_cpu = ({}, {})
+    for core, samples in zip(cores, (of_gpu, of_cpu), strict=True):
+        core._monitor = Monitor(samples_decodes=False)
+        generate(core, requests, sampling)
+        report = core.report()
+        assert report is not None
+        samples |= {sample.adapter: sample for sample in report.routing}
+    # LoRAs route nothing.
+    assert of_gpu.keys() == of_cpu.keys() == {"1", "2", "5", "6"}
+    for name, sample in of_gpu.items():
+        length = len(requests[int(name)][0])
+        assert sample.count == of_cpu[name].count == [length] * 3
+        for group in range(3):
+            gates = torch.tensor([sample.gates[group], of_cpu[name].gates[group]]) / length
+            assert gates.sum(1).tolist() == pytest.approx([1, 1], abs=1e-3)
+            assert (gates[0] - gates[1]).abs().max() < 0.1
+            entropies = sample.entropy[group] / length, of_cpu[name].entropy[group] / length
+            assert entropies[0] == pytest.approx(entropies[1], abs=0.1)

@@ -331,7 +331,7 @@ class EngineCore:
     def _schedule_compiled(self) -> list[SequenceOutput]:
         """Queue the sequences whose grammar is there; returns those that can't be served."""
         failures: list[SequenceOutput] = []
-        if not self._scheduler.has_work and self._in_flight is None:
+        if not self._scheduler.is_runnable and self._in_flight is None:
             futures = [future for _, future in self._compiling.values()]
             wait(futures, _COMPILING_SECONDS, FIRST_COMPLETED)  # nobody else needs a step
         for request_id, (seq, future) in list(self._compiling.items()):

@@ -9,10 +9,11 @@ import selectors
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 import torch
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _NICENESS = 19
 """Steps come first."""
+_MAX_CHECK_SECONDS = 10.0
+"""Of the processor's time, for an adapter's headers: others wait for it."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,7 +58,8 @@ class _Load:
     def open(self, configuration: Configure) -> Opened:
         """Read the headers."""
         opened = open_adapter(self._folder, configuration.spec)
-        self.adapter = adapter = self._stack.enter_context(opened)
+        with _time_limit(_MAX_CHECK_SECONDS):
+            self.adapter = adapter = self._stack.enter_context(opened)
         dtype = _DTYPES[configuration.dtype]
         packed = describe("", "", adapter.linears, len(configuration.paths), dtype)
         return Opened(packed.basis_bytes, packed.own_bytes)
@@ -164,6 +168,29 @@ class _Session:
         if self._load is not None:
             self._load.close()
             self._load = None
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """AdapterFormatError where the block computes for longer.
+
+    A configuration's expressions are regular ones, of which some match in exponential time; Python
+    looks for signals while they do.
+    """
+
+    def give_up(_number: int, _frame: FrameType | None) -> None:
+        raise AdapterFormatError(
+            "adapter_too_complex",
+            f"It takes over {seconds:g} s to check: are the expressions in {CONFIG_NAME} simple?",
+        )
+
+    before = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _describe(adapter: Adapter) -> AdapterInfo:

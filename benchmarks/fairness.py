@@ -126,7 +126,10 @@ def _serve(
         if not core.has_work:
             time.sleep(max(0.0, due[0][0] - now))
             continue
-        num_steps += 1
+        if core.is_runnable:
+            num_steps += 1
+        else:  # adapters are being loaded
+            core.wait(max(0.0, due[0][0] - now) if due else 1.0)
         for output in core.step().outputs:
             if output.finish_reason is None:
                 continue

@@ -16,4 +16,4 @@ def test_every_route(url, app, fuzz):
                 num_done = fuzz(
                     client, document, method, path, models=["tiny", "sql"], examples=EXAMPLES
                 )
-                assert num_done >= 3 or path not in WORKING, path
+                assert num_done > 0 or path not in WORKING, path

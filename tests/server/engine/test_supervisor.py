@@ -1,6 +1,7 @@
 """Engines that end without being asked to: when another is started, and when no more."""
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -198,8 +199,10 @@ async def test_stopping_while_the_next_one_starts_leaves_no_process(tiny_base) -
 
 
 def _children() -> list[int]:
-    return [
-        child.pid
-        for child in psutil.Process().children()
-        if "malora_server.engine.process" in child.cmdline()
-    ]
+    """The engine processes that live; one that is dead and not yet waited for has no command."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "malora_server.engine.process" in child.cmdline():
+                found.append(child.pid)
+    return found

@@ -95,22 +95,25 @@ def fetch_adapter(source: str, root: Path, *, max_bytes: int = MAX_WEIGHTS_BYTES
         digest = sha256(f"{source} {version}".encode()).hexdigest()
         with _cache_errors():
             folder = _cache(root) / digest[:32]
-            if not folder.is_dir():
+            if folder.is_dir():
+                os.utime(folder)  # in use, as of now
+            else:
                 _download(source, files, folder)
     return FetchedAdapter(source, version, folder)
 
 
 def prune_cache(root: Path, keep: Collection[Path]) -> None:
-    """Delete all cached adapters but those in `keep`, and what downloads that broke off left.
+    """Delete cached adapters but those in `keep`, and what downloads that broke off left.
 
-    For the start of the server, before anything is fetched.
+    What is younger than a download may take stays: another server may be about to use it.
     """
     cache = root / CACHE_NAME
     if cache.is_symlink() or not cache.is_dir():
         return
     kept = {path.name for path in keep}
+    latest = time.time() - 2 * _MAX_SECONDS  # a download is of two files
     for entry in cache.iterdir():
-        if entry.name not in kept:
+        if entry.name not in kept and entry.lstat().st_mtime < latest:
             shutil.rmtree(entry, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from malora.limits import CONFIG_NAME, MAX_CONFIG_BYTES
 from malora_server.adapters.catalog import FoundAdapter, Signature, find_adapter, find_adapters
 from malora_server.adapters.manifest import Manifest
+from malora_server.adapters.sources import prune_cache
 from malora_server.api.errors import ApiError, engine_dead
 from malora_server.engine.messages import (
     AdapterInfo,
@@ -146,6 +147,7 @@ class ModelRegistry:
             found = find_adapters(root)
         except (OSError, ValueError) as error:
             raise StartError(str(error)) from None
+        prune_cache(root, [root / entry.path for entry in self.manifest.adapters.values()])
         names = {adapter.name for adapter in found} | self.manifest.adapters.keys()
         if self.base.name in names - set(self.manifest.removed):
             raise StartError(

@@ -84,6 +84,15 @@ class Handler(BaseHTTPRequestHandler):
 
 class HubHandler(Handler):
     def answer(self, path: str) -> None:
+        if match := re.fullmatch(rf"api/models/org/name/tree/{self.server.commit}(/.+)?", path):
+            folder = (match[1] or "").strip("/")
+            entries = [
+                {"type": "file", "path": name, "size": len(body), "oid": "0" * 40}
+                for name, body in self.server.files.items()
+                if name.rpartition("/")[0] == folder
+            ]
+            self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
+            return
         if match := re.fullmatch(r"api/models/org/name(?:/revision/(.+))?", path):
             if match[1] not in (None, "v1", "refs/pr/2", self.server.commit):
                 self.reply(404, b"{}", X_Error_Code="RevisionNotFound")
@@ -180,6 +189,11 @@ def failure(source: str, root: Path, **kwargs: int) -> AdapterSourceError:
     return caught.value
 
 
+def make_old(root: Path) -> None:
+    for entry in (root / ".cache").iterdir():
+        os.utime(entry, (0, 0))
+
+
 def test_an_adapter_is_fetched_once_a_version(remote, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     server, source = remote
@@ -209,6 +223,9 @@ def test_a_new_version_lies_beside_the_old_one(remote, tmp_path):
     for fetched, end in ((old, b""), (new, b" ")):
         assert (fetched.folder / "adapter_config.json").read_bytes() == CONFIG + end
         assert (fetched.folder / "adapter_model.safetensors").read_bytes() == WEIGHTS + end
+    prune_cache(tmp_path, {new.folder})
+    assert len(os.listdir(tmp_path / ".cache")) == 2  # the old one is too young
+    make_old(tmp_path)
     prune_cache(tmp_path, {new.folder})
     assert os.listdir(tmp_path / ".cache") == [new.folder.name]
 
@@ -366,8 +383,13 @@ def test_what_a_broken_download_left_is_pruned(hub, tmp_path):
     prune_cache(tmp_path, ())
     fetched = fetch_adapter("hf://org/name", tmp_path)
     (tmp_path / ".cache" / ".partial-x").mkdir()
+    make_old(tmp_path)
     prune_cache(tmp_path, [fetched.folder])
     assert os.listdir(tmp_path / ".cache") == [fetched.folder.name]
+    fetch_adapter("hf://org/name", tmp_path)  # which makes it young again
+    prune_cache(tmp_path, ())
+    assert os.listdir(tmp_path / ".cache") == [fetched.folder.name]
+    make_old(tmp_path)
     prune_cache(tmp_path, ())
     assert os.listdir(tmp_path / ".cache") == []
 

@@ -92,16 +92,16 @@ def test_the_one_that_breaks_a_step_fails_alone(
 ) -> None:
     want = generate(LLM(config), poison=False)
     llm = LLM(config)
+    llm.generate([[1, 2]], GREEDY, ["mine"])  # the adapter is there: all run from the first step on
     core = llm._core
     core._pipelined = pipelined
-    if where == "first chunk":
-        fault = Fault(
-            core._runner,
-            "run",
-            lambda chunks: any(c.start == 0 and c.token_ids[:3] == POISON for c in chunks),
-            MemoryError(),
-        )
-    elif where == "its sampling":
+
+    def is_poisoned(chunk: Any) -> bool:
+        poisoned = [s for s in core._scheduler._sequences.values() if s.token_ids[:3] == POISON]
+        here = any(seq.block_table is chunk.block_table for seq in poisoned)
+        return here and (chunk.start == 0 if where == "first chunk" else chunk.start > 30)
+
+    if where == "its sampling":
         fault = Fault(
             core._sampler,
             "sample",
@@ -109,18 +109,9 @@ def test_the_one_that_breaks_a_step_fails_alone(
             RuntimeError("no"),
         )
     else:
+        error = MemoryError() if pipelined else torch.OutOfMemoryError("CUDA out of memory")
         fault = Fault(
-            core._runner,
-            "run",
-            lambda chunks: (
-                any(
-                    c.start > 30 and core._scheduler._sequences["4"].block_table is c.block_table
-                    for c in chunks
-                )
-                if "4" in core._scheduler._sequences
-                else False
-            ),
-            torch.OutOfMemoryError("CUDA out of memory"),
+            core._runner, "run", lambda chunks: any(is_poisoned(c) for c in chunks), error
         )
     got = generate(llm, poison=True)
     assert fault.raised >= 2, "once with others, once alone"

@@ -3,7 +3,7 @@
     python -m benchmarks.adapter_loading [--loads 100] [--rounds 3] [--json FILE]
 
 32 requests decode, each on an adapter of its own; meanwhile other adapters are read from disk,
-checked, and brought to the device, one after the other. The two take turns on the same engine.
+checked, and brought to the device. The two take turns on the same engine, a few adapters each.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +35,10 @@ from malora_server.engine.messages import (
 
 DECODING = 32
 PROMPT_TOKENS = 32
+NEW_TOKENS = 900
 WARM_STEPS = 20
+TOGETHER = 5
+"""Adapters that are asked for at once; as many steps without any follow."""
 
 
 def main(
@@ -65,13 +66,14 @@ def main(
         gaps: dict[str, list[float]] = {"alone": [], "while adapters load": []}
         seconds = []
         for turn in range(rounds):
-            with bench.decoding():
-                took, with_loads = bench.load(turn, loads)
-            with bench.decoding():
-                alone = [bench.step() for _ in with_loads]
-            seconds.append(took)
-            gaps["alone"] += alone
-            gaps["while adapters load"] += with_loads
+            seconds.append(0.0)
+            for first in range(0, loads, TOGETHER):
+                numbers = range(first, min(first + TOGETHER, loads))
+                took, with_loads = bench.load(turn, numbers)
+                seconds[-1] += took
+                gaps["while adapters load"] += with_loads
+                # As many steps, at sequences as long.
+                gaps["alone"] += [bench.step() for _ in with_loads]
     results: dict[str, Any] = {"load_seconds": seconds}
     table = Table(
         "gap between tokens, ms", *gaps, "ratio",
@@ -95,52 +97,50 @@ class _Bench:
         self._root = root
         self._last = 0.0
         self._sent = 0
-        self._changed: list[tuple[str, int, str]] = []
-        with self.decoding():  # reads the decoding ones' adapters
-            pass
-
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """All requests decode, from here on; they are aborted at the end."""
-        rng = np.random.default_rng(0)
+        self._left = 0
+        self._loaded: set[AdapterVersion] = set()
         for number in range(DECODING):
-            self._submit(number, rng)
-        running = 0
-        while running < DECODING:
-            running = self._advance()
-        for _ in range(WARM_STEPS):
-            self.step()
-        yield
-        self._core.abort_all()
+            core.manage(LoadAdapter(self._version(number, 0)))
+        while core.has_work:
+            self._advance()
+        self._begin()
 
     def step(self) -> float:
         """Seconds from one token of every request to the next."""
+        if self._left == 0:
+            self._begin()
+        self._left -= 1
         if self._advance() < DECODING:
-            raise RuntimeError("a request ended while it was measured")
+            raise RuntimeError("a request got no token in a step")
         now = time.perf_counter()
         gap, self._last = now - self._last, now
         return gap
 
-    def load(self, turn: int, count: int) -> tuple[float, list[float]]:
-        """Bring so many adapters to the device; seconds, and the gaps between tokens meanwhile."""
-        versions = {
-            f"lora-{DECODING + i}": self._version(DECODING + i, turn + 1) for i in range(count)
-        }
+    def _begin(self) -> None:
+        """Let all requests decode, from their prompts on; what that takes is not measured."""
+        self._core.abort_all()
+        rng = np.random.default_rng(0)
+        for number in range(DECODING):
+            self._submit(number, rng)
+        while self._advance() < DECODING:
+            pass
+        self._left = NEW_TOKENS // 2  # the first ones are ahead of the last
+        for _ in range(WARM_STEPS):
+            self.step()
+
+    def load(self, turn: int, numbers: range) -> tuple[float, list[float]]:
+        """Bring these adapters to the device; seconds, and the gaps between tokens meanwhile."""
+        versions = [self._version(DECODING + i, turn + 1) for i in numbers]
+        self._loaded.clear()
         start = time.perf_counter()
-        for version in versions.values():
+        for version in versions:
             self._core.manage(LoadAdapter(version))
             self._core.manage(PinAdapter(version, True))
         gaps = []
-        missing = set(versions)
-        while missing:
+        while len(self._loaded) < len(versions):
             gaps.append(self.step())
-            for name, number, tier in self._changed:
-                if tier == "device" and number == turn + 1:
-                    missing.discard(name)
-                elif tier == "failed":
-                    raise RuntimeError(f"{name} could not be loaded")
         seconds = time.perf_counter() - start
-        for version in versions.values():
+        for version in versions:
             self._core.manage(RetireAdapter(version))
         return seconds, gaps
 
@@ -155,7 +155,7 @@ class _Bench:
                 request_id=str(self._sent),
                 prompt_token_ids=rng.integers(1, 4096, PROMPT_TOKENS).tolist(),
                 sampling=SamplingParams(
-                    max_tokens=10_000, seed=0, temperature=0.0, ignore_eos=True
+                    max_tokens=NEW_TOKENS, seed=0, temperature=0.0, ignore_eos=True
                 ),
                 adapter=self._version(number, 0),
             )
@@ -168,7 +168,12 @@ class _Bench:
         if not self._core.is_runnable:
             self._core.wait(1.0)
         outputs = self._core.step()
-        self._changed = [(s.name, s.number, s.tier) for s in outputs.adapters]
+        for status in outputs.adapters:
+            if status.error is not None:
+                raise RuntimeError(status.error)
+            if status.tier == "device" and status.pinned:
+                number = int(status.name.removeprefix("lora-"))
+                self._loaded.add(self._version(number, status.number))
         for output in outputs.outputs:
             if output.error is not None:
                 raise RuntimeError(output.error)

@@ -39,8 +39,8 @@ from malora_server.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
-_NICENESS = 19
-"""Steps come first."""
+_NICENESS = 10
+"""Steps come first; but where they leave no core idle, it still gets a tenth of one."""
 _MAX_CHECK_SECONDS = 10.0
 """Of the processor's time, for an adapter's headers: others wait for it."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,7 +9,6 @@ a decode step's time is wall time, from one step's tokens to the next's, all seq
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 import time
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
 from typer import Option
 
-from malora.format import AdaptedLinear
+from benchmarks import models
+from benchmarks.models import KINDS
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
@@ -31,46 +30,6 @@ from malora_server.model.quantization import Quantization, quantizer
 
 PROMPT_TOKENS = 256
 NEW_TOKENS = 256
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "1b": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
-}
-"""Llama 3.1 8B's and Llama 3.2 1B's."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """The sizes of one kind of adapter; `family`: all share one basis."""
-
-    num_experts: int
-    top_k: int
-    r: int
-    basis_dim: int
-    reads_basis: bool = False
-    family: bool = False
-
-
-KINDS = {
-    "family": Kind(8, 2, 8, 64, reads_basis=True, family=True),
-    "own": Kind(8, 2, 8, 16),
-    "lora16": Kind(1, 1, 16, 16),
-    "lora64": Kind(1, 1, 64, 64),
-}
 ROWS: dict[str, tuple[str | None, int, int]] = {
     "base": (None, 0, 0),
     "64 adapters resident, none used": ("lora16", 0, 64),
@@ -155,14 +114,7 @@ def _measure(
 
 
 def _engine(shape: str, max_batch: int, quantization: Quantization | None) -> EngineCore:
-    config = transformers.LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=8192, eos_token_id=None, bos_token_id=None
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = transformers.LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
+    model = models.random_model(shape, torch.device("cuda"))
     if quantization is not None:
         from torchao.quantization import quantize_
 
@@ -183,38 +135,10 @@ def _engine(shape: str, max_batch: int, quantization: Quantization | None) -> En
 
 
 def _add_adapters(core: EngineCore, kind: str, count: int = 64) -> None:
-    """Random adapters, straight to the device. All share the CPU's copy of their up-projections."""
-    of = KINDS[kind]
-    generator = torch.Generator().manual_seed(0)
-
-    def rand(*shape: int) -> torch.Tensor:
-        values = torch.empty(shape).uniform_(-0.03, 0.03, generator=generator)
-        return values.to(torch.bfloat16)
-
-    first: dict[str, AdaptedLinear] = {}
-    for number in range(count):
-        linears = {}
-        for path, (out_features, in_features) in _sites(core).items():
-            routed = of.num_experts > 1
-            linear = first.get(path)
-            basis = (
-                linear.basis
-                if linear is not None and of.family
-                else rand(of.basis_dim, in_features)
-            )
-            read = of.basis_dim if of.reads_basis else in_features
-            linears[path] = AdaptedLinear(
-                basis=basis,
-                up=rand(of.num_experts, out_features, of.r) if linear is None else linear.up,
-                coefficients=rand(of.num_experts, of.r, of.basis_dim) if routed else None,
-                router=rand(of.num_experts, read) if routed else None,
-                router_input="basis" if of.reads_basis else "hidden",
-                top_k=of.top_k,
-                scaling=1.0,
-            )
-        first = first or linears
-        name = f"{kind}-{number}"
-        core.adapters.add(name, linears)
+    """Random adapters, straight to the device."""
+    sites = models.sites_of(core)
+    for number, linears in enumerate(models.random_adapters(KINDS[kind], sites, count)):
+        core.adapters.add(f"{kind}-{number}", linears)
 
 
 def _remove_adapters(core: EngineCore, kind: str, count: int = 64) -> None:
@@ -222,15 +146,6 @@ def _remove_adapters(core: EngineCore, kind: str, count: int = 64) -> None:
     for number in range(count):
         core.adapters.remove(f"{kind}-{number}")
     torch.cuda.empty_cache()
-
-
-def _sites(core: EngineCore) -> dict[str, tuple[int, int]]:
-    """Path -> (outputs, inputs)."""
-    return {
-        site.path: (site.width, group.in_features)
-        for group in core._loaded.groups
-        for site in group.sites
-    }
 
 
 def _submit(core: EngineCore, names: list[str | None], new_tokens: int) -> None:

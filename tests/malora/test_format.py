@@ -16,13 +16,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from malora import MaloraConfig
+from malora import MaloraConfig, files
 from malora.format import (
     AdaptedLinear,
     Adapter,
     AdapterFormatError,
     BaseModelSpec,
     load_adapter,
+    open_adapter,
     save_adapter,
 )
 
@@ -246,6 +247,49 @@ def test_a_file_that_is_too_large(folder: Path) -> None:
     size = (folder / "adapter_model.safetensors").stat().st_size
     load_adapter(folder, max_bytes=size)
     assert code_of(folder, max_bytes=size - 1)[0] == "adapter_too_large"
+
+
+def test_values_come_in_parts_and_in_any_dtypes(folder: Path, monkeypatch) -> None:
+    """Each in a memory of its own dtype, though single precision follows an odd number of bytes."""
+    monkeypatch.setattr(files, "_BYTES_AT_A_TIME", 100)
+    monkeypatch.setattr(files, "_TENSORS_AT_A_TIME", 2)
+    given = {
+        "empty": torch.zeros(0, 3),
+        "odd": torch.randn(7).bfloat16(),
+        "none": torch.tensor(2.5),
+        "wide": torch.randn(50, 3),
+        "half": torch.randn(3).half(),
+        "last": torch.randn(5),
+    }
+    save_file(given, folder / "adapter_model.safetensors")
+    for num_threads in (1, 3):
+        with files.open_weights(folder) as weights:
+            tensors = weights.tensors(files.threaded_map(num_threads))
+        assert tensors.keys() == given.keys()
+        for name, tensor in given.items():
+            assert tensors[name].dtype == tensor.dtype
+            assert torch.equal(tensors[name], tensor)
+
+
+@pytest.mark.parametrize("size", [0, 9, -8, -1])
+def test_a_file_that_is_cut_short_once_it_is_open(folder: Path, size: int) -> None:
+    file = folder / "adapter_model.safetensors"
+    with open_adapter(folder) as adapter:
+        os.truncate(file, size if size >= 0 else file.stat().st_size + size)
+        with pytest.raises(AdapterFormatError) as info:
+            adapter.read()
+    assert info.value.code == "adapter_file_invalid"
+    assert "shorter than its header says" in str(info.value)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 13, 100])
+def test_threads_keep_the_order_and_tell_of_errors(num_threads: int, count: int) -> None:
+    work_in_threads = files.threaded_map(num_threads)
+    assert list(work_in_threads(lambda x: x + 1, range(count))) == list(range(1, count + 1))
+    if count:
+        with pytest.raises(ZeroDivisionError):
+            list(work_in_threads(lambda x: 1 / (x - count + 1), range(count)))
 
 
 def header(document: Any, data: bytes = b"") -> bytes:

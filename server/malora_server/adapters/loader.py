@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,7 +17,7 @@ from types import FrameType
 import msgspec
 import torch
 
-from malora.files import Map
+from malora.files import Map, threaded_map
 from malora.format import Adapter, OpenAdapter, open_adapter
 from malora.kernels.packed import basis_key, describe, pack
 from malora.limits import CONFIG_NAME, WEIGHTS_NAME, AdapterFormatError
@@ -54,6 +53,9 @@ class _Load:
         self._files = self._signatures()
         self._stack = ExitStack()
         self.adapter: OpenAdapter | None = None
+        self.values: Adapter | None = None
+        self.refusal: Answer | None = None
+        """Why there are no values."""
 
     def open(self, configuration: Configure) -> Opened:
         """Read the headers."""
@@ -64,7 +66,16 @@ class _Load:
         packed = describe("", "", adapter.linears, len(configuration.paths), dtype)
         return Opened(packed.basis_bytes, packed.own_bytes)
 
-    def attempt(self, work: Callable[[], Answer]) -> Answer:
+    def read(self, map: Map) -> None:
+        """Read the values, in advance: while the engine finds room for them."""
+
+        def work() -> None:
+            assert self.adapter is not None
+            self.values = self.adapter.read(map)
+
+        self.refusal = self.attempt(work)
+
+    def attempt(self, work: Callable[[], Answer | None]) -> Answer | None:
         """What `work` answers, or why it fails, or that the files changed meanwhile."""
         try:
             answer = work()
@@ -115,6 +126,8 @@ class _Session:
             answer = self._handle(self._decoder.decode(message))
             if answer is not None:
                 self._link.sendall(msgspec.msgpack.encode(answer))
+            if isinstance(answer, Opened) and self._load is not None:
+                self._load.read(self._map)
         except OSError:
             return False
         return True
@@ -138,7 +151,8 @@ class _Session:
                 return load.attempt(lambda: load.open(self._configuration))
             case Pack() if self._load is not None:
                 load = self._load
-                answer = load.attempt(lambda: self._pack(load, command))
+                # Every command has one answer, so what went wrong in advance is told now.
+                answer = load.refusal or load.attempt(lambda: self._pack(load, command))
                 self._close_load()
                 return answer
         return None
@@ -150,12 +164,11 @@ class _Session:
         self._memory = torch.frombuffer(mmap.mmap(self._memory_fd, size), dtype=torch.uint8)
         os.close(self._memory_fd)
         self._memory_fd = -1
-        threads = configuration.num_threads
-        self._map: Map = ThreadPoolExecutor(threads).map if threads > 1 else map
+        self._map = threaded_map(configuration.num_threads)
 
     def _pack(self, load: _Load, command: Pack) -> Packed:
-        assert load.adapter is not None
-        adapter = load.adapter.read(self._map)
+        adapter = load.values
+        assert adapter is not None
         paths = self._configuration.paths
         key = basis_key(adapter.linears, adapter.basis_digests)
         packed = describe(adapter.digest, key, adapter.linears, len(paths), self._dtype)

@@ -6,7 +6,8 @@ The loader writes packed adapters straight into the engine's host memory, into t
 engine names. One process serves all engines of this one, and ends with it.
 
 They speak msgspec messages over a pair of sockets for each engine. A load goes in two parts: `Open`
-reads the headers and tells the sizes, `Pack` reads the rest.
+is answered with the sizes once the headers are read, and what follows them is read while the engine
+finds room; `Pack` names it.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ class Configure(msgspec.Struct, tag="configure", frozen=True):
 
 
 class Open(msgspec.Struct, tag="open", frozen=True):
-    """Read an adapter's headers, and keep it open."""
+    """Read an adapter's headers, then its values, and keep it open."""
 
     folder: str
 
 
 class Pack(msgspec.Struct, tag="pack", frozen=True):
-    """Read the adapter that is open into these ranges of the host memory, and close it."""
+    """Pack the adapter that is open into these ranges of the host memory, and close it."""
 
     basis_start: int
     own_start: int

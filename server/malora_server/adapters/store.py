@@ -314,6 +314,11 @@ class AdapterStore:
         return bool(self._uploads or self._news.failed or self._news.loaded)
 
     @property
+    def has_arrival(self) -> bool:
+        """Whether `poll` would tell of an upload for which the device waits by itself."""
+        return bool(self._uploads) and self._uploads[0][1].is_ordered
+
+    @property
     def has_changes(self) -> bool:
         """Whether there is anything for `changes` to tell."""
         return bool(self._changed)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from malora.kernels.batched import Routing
-from malora_server.adapters.store import AdapterError, StoredAdapter
+from malora_server.adapters.store import AdapterError, News, StoredAdapter
 from malora_server.engine.adapter_memory import device_capacity, host_capacity, make_store
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.grammar import GrammarError, Grammars
@@ -418,7 +418,14 @@ class EngineCore:
 
     def _advance_adapters(self) -> list[SequenceOutput]:
         """Let sequences go on whose adapters have come; the ends of those whose adapters cannot."""
-        news = self.adapters.poll()
+        ends = self._take_in(self.adapters.poll())
+        ends += self._refuse(self._scheduler.without_hope(), _NO_ROOM)
+        self._scheduler.place_adapters()
+        if self.adapters.has_arrival:  # in time for the step that is launched next
+            ends += self._take_in(self.adapters.poll())
+        return ends
+
+    def _take_in(self, news: News) -> list[SequenceOutput]:
         ends: list[SequenceOutput] = []
         for adapter in news.loaded:
             self._scheduler.adapter_loaded(adapter)
@@ -426,7 +433,6 @@ class EngineCore:
             ends += self._refuse(self._scheduler.waiting_for(adapter), error)
         for adapter in news.ready:
             ends += self._refuse(self._scheduler.adapter_ready(adapter), _CHANGED)
-        ends += self._refuse(self._scheduler.without_hope(), _NO_ROOM)
         return ends
 
     def _refuse(self, sequences: list[Sequence], error: AdapterError) -> list[SequenceOutput]:

@@ -164,14 +164,17 @@ class Scheduler:
             return []
         return self._waiting_for(seq.adapter, Status.PLACING)
 
+    def place_adapters(self) -> None:
+        """Bring adapters to the device and into host memory, as far as others make room."""
+        if self._adapters is not None:
+            self._place_adapters(self._adapters)
+
     def schedule(self) -> list[Chunk]:
         """The next step's chunks: first the decodes, one token each, then parts of prompts.
 
         Every chunk's tokens have their blocks. Depends on how many tokens sequences have, never
         on which: so the next step can be scheduled while this one's tokens are still unknown.
         """
-        if self._adapters is not None:
-            self._place_adapters(self._adapters)
         self._reclaim()
         self._sort_running()
         budget = self.max_num_batched_tokens
@@ -361,7 +364,6 @@ class Scheduler:
         return [seq for seq in sequences if seq.status in statuses]
 
     def _place_adapters(self, store: AdapterStore) -> None:
-        """Bring adapters to the device and into host memory, as far as others make room."""
         for pinned in store.unplaced_pins():
             if self._make_place(store, pinned, None):
                 self._await_arrival(pinned)

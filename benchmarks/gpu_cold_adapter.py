@@ -35,6 +35,7 @@ from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import (
     AdapterVersion,
+    LoadAdapter,
     RetireAdapter,
     SamplingParams,
     SequenceOutput,
@@ -47,8 +48,6 @@ NEW_TOKENS = 8
 OTHERS_TOKENS = 480
 PAUSE_STEPS = 10
 """Between two requests; the steps that the others' are measured against."""
-TOGETHER = 5
-"""Adapters that are tried before the others begin anew, so that they stay about as long."""
 
 
 def main(
@@ -117,6 +116,7 @@ class _Bench:
         self._sent = 0
         self._last = 0.0
         self._others: set[str] = set()
+        self._left = 0
         self._load_seconds: dict[str, float] = {}
 
     def measure(self, kind: str, count: int) -> dict[str, Any]:
@@ -126,9 +126,10 @@ class _Bench:
         cold: list[_Arrival] = []
         seen: list[_Arrival] = []
         pauses: list[float] = []
-        # The first two start the loader and have kernels compiled for these sizes.
+        self._await_loader(AdapterVersion(f"{kind}-0", 1, str(self._root / f"{kind}-0")))
+        # The first two have kernels compiled for these sizes.
         for number in range(count + 2):
-            if number % TOGETHER == 0:
+            if self._left < OTHERS_TOKENS // 2:
                 self._begin()
             version = AdapterVersion(f"{kind}-{number}", 0, str(self._root / f"{kind}-{number}"))
             for arrivals in (cold, seen):
@@ -140,10 +141,25 @@ class _Bench:
             self._core.manage(RetireAdapter(version))
         return _figures(cold, seen, pauses) | {"parts": parts}
 
+    def _await_loader(self, version: AdapterVersion) -> None:
+        """Load an adapter while nothing else is done, and forget it."""
+        self._core.abort_all()
+        self._core.manage(LoadAdapter(version))
+        self._finish()
+        self._core.manage(RetireAdapter(version))
+        self._left = 0
+
+    def _finish(self) -> None:
+        while self._core.has_work:
+            if not self._core.is_runnable:
+                self._core.wait(1.0)
+            self._core.step()
+
     def _begin(self) -> None:
         """Let the others start anew, and all of them decode."""
-        self._core.abort_all()
         self._others.clear()
+        self._core.abort_all()
+        self._finish()  # of the last step, under way
         rng = np.random.default_rng(0)
         requests = [
             self._submit(AdapterVersion(f"other-{number}"), OTHERS_TOKENS, rng)
@@ -152,6 +168,7 @@ class _Bench:
         while len(self._step()) < OTHERS:
             pass
         self._others.update(requests)
+        self._left = OTHERS_TOKENS - 10  # the first of them are ahead of the last
         for _ in range(PAUSE_STEPS):
             self._step()
 
@@ -191,6 +208,7 @@ class _Bench:
 
     def _step(self) -> dict[str, SequenceOutput]:
         """One step; its outputs by request. Every other has to get a token, once they decode."""
+        self._left -= 1
         outputs = self._core.step()
         self._last = time.monotonic()
         for status in outputs.adapters:

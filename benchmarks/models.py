@@ -60,6 +60,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Llama 3.1 8B's, Llama 3.2 1B's, and two for a CPU; the last to try a benchmark out."""
+CPU = torch.device("cpu")
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -85,9 +86,11 @@ Sites = Mapping[str, tuple[int, int]]
 """Path of a linear in the base model -> (outputs, inputs)."""
 
 
-def random_model(shape: str, device: torch.device) -> transformers.LlamaForCausalLM:
+def random_model(
+    shape: str, device: torch.device, eos_token_id: int | None = None
+) -> transformers.LlamaForCausalLM:
     """A random Llama of one of SHAPES: bfloat16 on a GPU, float32 on the CPU."""
-    config = transformers.LlamaConfig(**SHAPES[shape], eos_token_id=None, bos_token_id=None)
+    config = transformers.LlamaConfig(**SHAPES[shape], eos_token_id=eos_token_id, bos_token_id=None)
     torch.manual_seed(0)
     with device:
         torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -163,12 +166,19 @@ def save_random_adapters(kind: Kind, sites: Sites, root: Path, name: str, count:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def save_base(folder: Path, tokenizer: Path) -> None:
-    """A random Llama of the SMALL shape, float32, with the tokenizer of the folder `tokenizer`."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SMALL, eos_token_id=0, bos_token_id=None)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+def save_base(
+    folder: Path, tokenizer: Path, shape: str = "small", device: torch.device = CPU
+) -> None:
+    """A random Llama of one of SHAPES, made on the device, with the tokenizer of a folder.
+
+    It never chooses a token that the tokenizer does not know.
+    """
+    model = random_model(shape, device, eos_token_id=0)
+    known = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[len(known) :] = 0  # some other one has a positive score
+    model.save_pretrained(folder)
+    known.save_pretrained(folder)
 
 
 def save_adapters(

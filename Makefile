@@ -7,7 +7,7 @@ PORT ?= 8000
 OUT ?= demo-output
 DATA ?= ../shared/data/tasks
 
-.PHONY: help install demo test test-data chaos lint lint-docker image-test format bench clean
+.PHONY: help install demo test test-data chaos sanitize lint lint-docker image-test format bench clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,10 @@ test-data: $(INSTALLED)  ## Train, serve and score adapters on the whole of the 
 
 chaos: $(INSTALLED)  ## Harm a server under load in every way, for SECONDS (180)
 	MALORA_CHAOS_SECONDS=$(or $(SECONDS),180) $(BIN)/python -m pytest -s tests/end_to_end/chaos --timeout 3600
+
+sanitize: $(INSTALLED)  ## On a GPU: run its kernels under compute-sanitizer, which finds stray reads and writes
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(BIN)/python -m pytest tests/malora/test_batched.py -k gpu_kernels --timeout 1800
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .

@@ -93,7 +93,8 @@ def load_basis(path: str | Path) -> dict[str, Tensor]:
 def tensor_digest(tensor: Tensor) -> str:
     """sha256, in hex, of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    values = tensor.detach().cpu().contiguous()
+    digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -181,7 +181,7 @@ def convert(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Adap
             "adapter_type_unsupported", f"A {kind} adapter cannot be converted: {reason}."
         )
     with open_weights(Path(folder)) as weights:
-        check_adapter(*read(document, weights.shapes()), None)
+        check_adapter(*read(document, weights.shapes), None)
         adapter = Adapter.of(*read(document, weights.tensors()))
     save_adapter(adapter, out)
     return adapter

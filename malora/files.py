@@ -8,14 +8,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from malora.kernels.arena import aligned
 from malora.limits import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -31,8 +33,6 @@ _BYTES_AT_A_TIME = 2 * 2**20
 """What one call reads, unless a tensor is larger."""
 _TENSORS_AT_A_TIME = 512
 """The system takes no more than 1,024."""
-_ALIGNMENT = 64
-"""Bytes, of each tensor that is read."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes an adapter's tensors may have, by their names in a safetensors header."""
 
@@ -89,18 +89,19 @@ class Weights:
         self._file = file
         self._start = start
 
+    @cached_property
     def shapes(self) -> dict[str, Tensor]:
         """A tensor without memory (on "meta") for each in the file: names, shapes and dtypes."""
         tensors = {}
         for name in self._handle.keys():  # noqa: SIM118 (the handle is no mapping)
             view = self._handle.get_slice(name)
-            if view.get_dtype() not in DTYPES:
+            dtype = DTYPES.get(view.get_dtype())
+            if dtype is None:
                 raise AdapterFormatError(
                     "adapter_dtype_unsupported",
                     f"Tensor {name} is {view.get_dtype()}, but an adapter's tensors are "
                     f"{', '.join(DTYPES)}: save it in one of these.",
                 )
-            dtype = DTYPES[view.get_dtype()]
             tensors[name] = torch.empty(view.get_shape(), dtype=dtype, device="meta")
         return tensors
 
@@ -110,23 +111,28 @@ class Weights:
         They are read, not mapped, into one memory: faster by what the many pages cost, and a file
         that is cut short meanwhile is an error instead of a signal.
         """
-        shapes = self.shapes()
-        tensors = _one_memory(shapes)
-        groups: list[tuple[int, list[str]]] = []
-        at, left = self._start, 0
+        sizes = {name: meta.nbytes for name, meta in self.shapes.items()}
+        memory = torch.empty(sum(map(aligned, sizes.values())), dtype=torch.uint8)
+        data = memory.numpy().data
+        tensors = {}
+        groups: list[_Group] = []
+        at, left, start = self._start, 0, 0
         # Values follow each other without gaps, as safetensors sees to.
         for name in self._handle.offset_keys():
-            if left <= 0 or len(groups[-1][1]) == _TENSORS_AT_A_TIME:
-                groups.append((at, []))
+            meta, size = self.shapes[name], sizes[name]
+            tensors[name] = memory[start : start + size].view(meta.dtype).view(meta.shape)
+            if left <= 0 or len(groups[-1].names) == _TENSORS_AT_A_TIME:
+                groups.append(_Group(at, [], []))
                 left = _BYTES_AT_A_TIME
-            groups[-1][1].append(name)
-            at += tensors[name].nbytes
-            left -= tensors[name].nbytes
+            groups[-1].names.append(name)
+            groups[-1].parts.append(data[start : start + size])
+            at += size
+            left -= size
+            start += aligned(size)
 
-        def read(group: tuple[int, list[str]]) -> None:
-            start, names = group
-            _read_into([tensors[name] for name in names], self._file.fileno(), start)
-            for name in names:
+        def read(group: _Group) -> None:
+            _read_into(group.parts, self._file.fileno(), group.at)
+            for name in group.names:
                 _check_finite(name, tensors[name])
 
         for _ in map(read, groups):
@@ -134,21 +140,17 @@ class Weights:
         return tensors
 
 
-def _one_memory(shapes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of these shapes and dtypes that lie in one memory, not written to yet."""
-    sizes = [-(-each.nbytes // _ALIGNMENT) * _ALIGNMENT for each in shapes.values()]
-    memory = torch.empty(sum(sizes), dtype=torch.uint8)
-    tensors = {}
-    at = 0
-    for (name, meta), size in zip(shapes.items(), sizes, strict=True):
-        tensors[name] = memory[at : at + meta.nbytes].view(meta.dtype).view(meta.shape)
-        at += size
-    return tensors
+class _Group(NamedTuple):
+    """Tensors that follow each other in a file from `at` on, and where they are read to."""
+
+    at: int
+    names: list[str]
+    parts: list[memoryview]
 
 
-def _read_into(tensors: list[Tensor], fd: int, start: int) -> None:
-    """Fill tensors from what follows each other in a file."""
-    parts = [tensor.view(-1).view(torch.uint8).numpy().data for tensor in tensors if tensor.nbytes]
+def _read_into(parts: list[memoryview], fd: int, start: int) -> None:
+    """Fill these from what follows each other in a file."""
+    parts = [part for part in parts if len(part)]
     while parts:
         count = os.preadv(fd, parts, start)
         if count == 0:

@@ -210,7 +210,7 @@ def open_adapter(
     document = read_config(folder)
     with open_weights(folder, max_bytes) as weights:
         # The header's shapes are read as the weights will be, but on tensors that take no memory.
-        config, linears = _interpret(document, weights.shapes())
+        config, linears = _interpret(document, weights.shapes)
         check_adapter(config, linears, base)
         yield OpenAdapter(document, weights, linears)
 

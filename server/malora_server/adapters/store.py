@@ -332,6 +332,11 @@ class AdapterStore:
         if self.fileno() >= 0:
             select.select([self.fileno()], [], [], seconds)
 
+    def wait_for_load(self, seconds: float) -> None:
+        """Wait for the loader where it has all it needs for an adapter, so that it may be done."""
+        if self._load is not None and self._load.place is not None and seconds > 0:
+            self.wait(seconds)
+
     def changes(self) -> list[AdapterStatus]:
         """Those that changed since the last call."""
         changed, self._changed = self._changed, {}

@@ -245,6 +245,8 @@ class EngineCore:
         self._compiling: dict[str, tuple[Sequence, Future[LLMatcher]]] = {}
         """Sequences that wait for their grammar, each alone."""
         self._in_flight: _InFlight | None = None
+        self._idle_seconds = 0.0
+        """For how long the last step's results had to be waited for."""
         self._suspects: deque[Chunk] = deque()
         self._monitor = Monitor(samples_decodes=device.type == "cpu")
         self._pipelined = device.type == "cuda" if pipelined is None else pipelined
@@ -403,6 +405,10 @@ class EngineCore:
 
         Where steps are not pipelined, that is this one itself.
         """
+        if self._in_flight is not None:
+            # The device is busy: launching its next step a little later costs nobody anything, and
+            # saves the requests for an adapter that comes meanwhile a whole step.
+            self.adapters.wait_for_load(self._idle_seconds / 2)
         outputs = self._advance_adapters()
         if self._in_flight is not None and self._in_flight.settles_first:
             outputs += self._settle()
@@ -550,10 +556,12 @@ class EngineCore:
         step, self._in_flight = self._in_flight, None
         if step is None:
             return []
+        start = time.monotonic()
         try:
             step.wait()
         except Exception:
             return self._fail(step.chunks)
+        self._idle_seconds = time.monotonic() - start
         if step.routed is not None:
             self._monitor.add_routing(step.routed)
         # Those that finished or were aborted since want no more.

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from malora.format import AdaptedLinear
+from malora import MaloraConfig
+from malora.format import AdaptedLinear, Adapter, save_adapter
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
@@ -22,6 +23,7 @@ KINDS = {
     "wide": (1, 1, 96, 96, "hidden"),
 }
 COUNT = 64
+DEVICE = "cuda"
 
 
 def make_linears(core, kind, seed):
@@ -48,9 +50,8 @@ def make_linears(core, kind, seed):
     }
 
 
-@pytest.fixture(scope="module")
-def cores():
-    config = transformers.LlamaConfig(
+def small_config():
+    return transformers.LlamaConfig(
         vocab_size=512,
         hidden_size=256,
         intermediate_size=384,
@@ -62,6 +63,11 @@ def cores():
         bos_token_id=None,
         initializer_range=0.1,
     )
+
+
+@pytest.fixture(scope="module")
+def cores():
+    config = small_config()
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).bfloat16()
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -167,3 +173,61 @@ def test_a_prompts_routing_is_sampled_as_on_the_cpu(cores):
             assert (gates[0] - gates[1]).abs().max() < 0.1
             entropies = sample.entropy[group] / length, of_cpu[name].entropy[group] / length
             assert entropies[0] == pytest.approx(entropies[1], abs=0.1)
+
+
+def test_an_adapter_from_disk_is_right_from_its_first_step_on(tmp_path):
+    """Each comes while others decode; its prompt is scored as soon as it may be, and once more."""
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(small_config()).bfloat16().to(DEVICE)
+    core = EngineCore(
+        EngineConfig(
+            base="",
+            adapters=str(tmp_path),
+            max_num_seqs=8,
+            kv_cache_memory=1 << 25,
+            adapter_device_memory=1 << 22,  # has room for a few alone
+            adapter_host_memory=1 << 28,
+            max_model_len=512,
+            enable_prefix_caching=False,
+        ),
+        model,
+    )
+    versions = []
+    for number in range(24):
+        n_experts, top_k, r, d, reads = KINDS["own"]
+        config = MaloraConfig(
+            r=r, num_experts=n_experts, top_k=top_k, basis_dim=d, router_input=reads, lora_alpha=4
+        )
+        folder = tmp_path / str(number)
+        save_adapter(Adapter.of(config, make_linears(core, "own", number)), folder)
+        versions.append(AdapterVersion(str(number), 0, str(folder)))
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=0, prompt_logprobs=0)
+    decoding = SamplingParams(max_tokens=400, temperature=0.0, seed=0, ignore_eos=True)
+    prompt = prompts(1, seed=5)[0]
+
+    def score(request_id, version):
+        submit = Submit(
+            request_id=request_id, prompt_token_ids=prompt, sampling=sampling, adapter=version
+        )
+        assert core.add(submit) is None
+        while True:
+            if not core.is_runnable:
+                core.wait(1.0)
+            for output in core.step().outputs:
+                assert output.error is None, output.error
+                if output.request_id == request_id:
+                    return torch.tensor([each.logprob for each in output.prompt_logprobs])
+
+    base = score("base", None)
+    for number, version in enumerate(versions):
+        core.abort_all()
+        for other, ids in enumerate(prompts(4)):
+            assert (
+                core.add(
+                    Submit(request_id=f"{number} {other}", prompt_token_ids=ids, sampling=decoding)
+                )
+                is None
+            )
+        first, again = (score(f"{number} {turn}", version) for turn in ("first", "again"))
+        torch.testing.assert_close(first, again, atol=0.1, rtol=0)
+        assert (first - base).abs().max() > 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import resource
 import signal
@@ -122,6 +123,8 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        # JSON has no infinity.
+        max_slowdown=settings.max_slowdown if math.isfinite(settings.max_slowdown) else None,
         block_size=settings.block_size,
         kv_cache_memory=_bytes(settings.kv_cache_memory),
         adapter_device_memory=_bytes(settings.adapter_device_memory),

@@ -76,6 +76,12 @@ class Settings(BaseSettings):
     max_num_batched_tokens: PositiveInt = Field(
         2048, description="Most tokens in one step, prompt chunks and new tokens together."
     )
+    max_slowdown: float = Field(
+        1.5,
+        ge=1,
+        description="How many times as long requests may take because another adapter has far more "
+        "of them here; inf lets those fill every step.",
+    )
     block_size: PositiveInt = Field(16, description="Tokens in one block of the KV cache.")
     kv_cache_memory: ByteSize | None = Field(
         None, description="Memory for the KV cache, such as 4GiB; left out, the engine chooses."

@@ -13,7 +13,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     base: folder or hub id of the base model. adapters: a folder whose subfolders are adapters.
     max_model_len: tokens of prompt and output (None: the model's own). kv_cache_memory,
     adapter_device_memory, adapter_host_memory: bytes (None: a share of what is free).
-    num_threads: torch's CPU threads (None: torch's choice).
+    max_slowdown: how many times as long others' requests may take because of a tenant that floods
+    (None: unlimited). num_threads: torch's CPU threads (None: torch's choice).
     """
 
     base: str
@@ -24,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    max_slowdown: float | None = 1.5
     block_size: int = 16
     kv_cache_memory: int | None = None
     adapter_device_memory: int | None = None

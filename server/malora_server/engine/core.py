@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, fields
 from itertools import count
@@ -47,6 +48,7 @@ from malora_server.engine.penalties import is_penalised
 from malora_server.engine.sampler import Sampled, Sampler, prompt_logprobs
 from malora_server.engine.scheduler import Chunk, Scheduler
 from malora_server.engine.sequence import Sequence, Status
+from malora_server.engine.step_times import StepTimes
 from malora_server.model.attention import cache_bytes_per_block
 from malora_server.model.loader import (
     LoadedModel,
@@ -62,6 +64,8 @@ logger = logging.getLogger(__name__)
 CACHE_SHARES = {"cpu": 0.5, "cuda": 0.85}
 """The share of the memory left by the weights and the adapters that the KV cache may take where
 `kv_cache_memory` is not given. The rest is for activations, graphs and, on the CPU, others."""
+_STEPS_SHARE = 0.7
+"""The share of `max_slowdown` that steps may take; the rest is for what it does not count."""
 _COMPILING_SECONDS = 0.02
 """How long a step waits for a grammar at most, where it has nothing else to do."""
 
@@ -119,9 +123,14 @@ class _InFlight:
         sampled: Sampled | None,
         gates: _Gates | None,
         routed: RoutedChunks | None,
+        launched: float,
     ) -> None:
-        """sequences: those that sample, a row of `sampled` each, None where there are none."""
+        """sequences: those that sample, a row of `sampled` each, None where there are none.
+
+        launched: when, on the monotonic clock.
+        """
         self.chunks = chunks
+        self.launched = launched
         self.sequences = sequences
         self.token_ids = None if sampled is None else sampled.token_ids
         """(B,) int64, on the device."""
@@ -236,8 +245,15 @@ class EngineCore:
         )
         self._runner.capture(adapted=config.adapters is not None)
         self._blocks = BlockManager(num_blocks, config.block_size, config.enable_prefix_caching)
+        self._step_times = StepTimes()
+        self._settled = 0.0
+        """When the last step's results were here, on the monotonic clock."""
         self._scheduler = Scheduler(
-            self._blocks, config.max_num_seqs, config.max_num_batched_tokens, self.adapters
+            self._blocks,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            self.adapters,
+            _flood_tokens(self._step_times, config.max_slowdown),
         )
         self._grammars = _load_grammars(config, loaded) if has_tokenizer else None
         self._sampler = Sampler(self._grammars)
@@ -549,7 +565,7 @@ class EngineCore:
                 [chunk.num_tokens for chunk in chunks],
             )
         self._scheduler.advance(chunks)
-        return _InFlight(chunks, sequences, sampled, gates, sums)
+        return _InFlight(chunks, sequences, sampled, gates, sums, now)
 
     def _settle(self) -> list[SequenceOutput]:
         """Wait for the tokens of the step in flight, and take them in."""
@@ -561,7 +577,11 @@ class EngineCore:
             step.wait()
         except Exception:
             return self._fail(step.chunks)
-        self._idle_seconds = time.monotonic() - start
+        now = time.monotonic()
+        self._idle_seconds = now - start
+        num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
+        self._step_times.add(num_tokens, now - max(step.launched, self._settled))
+        self._settled = now
         if step.routed is not None:
             self._monitor.add_routing(step.routed)
         # Those that finished or were aborted since want no more.
@@ -620,6 +640,19 @@ class EngineCore:
         # A sequence preempted in its prompt computes these positions again.
         del kept[chunk.start :]
         kept.extend(map(TokenLogprobs, targets, logprobs, top_ids, top_logprobs))
+
+
+def _flood_tokens(times: StepTimes, max_slowdown: float | None) -> Callable[[], int] | None:
+    """What a flood may have of a step so that others take no more than so many times as long.
+
+    Others send as much however long it takes: of each second their tokens take the same share,
+    which leaves a step that much longer than its fixed part. So where a flood makes this part
+    longer by some factor, it makes steps longer by that factor, however many the others are.
+    """
+    if max_slowdown is None:
+        return None
+    share = _STEPS_SHARE * (max_slowdown - 1)
+    return lambda: int(share * times.fixed_tokens)
 
 
 def _num_predicted_prompt_tokens(chunk: Chunk) -> int:

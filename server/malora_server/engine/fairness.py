@@ -1,12 +1,15 @@
-"""Whose turn it is: service counted per tenant, and waiting sequences in the order it gives.
+"""Whose turn it is: service counted per tenant, waiting sequences in the order it gives, and how
+much of a step those may have that flood.
 
-The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024).
-A tenant is an adapter's name; the base model is one too.
+The counter is the virtual token counter of Sheng et al., "Fairness in Serving Large Language
+Models" (OSDI 2024). A tenant is an adapter's name; the base model is one too.
 """
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, insort
+from collections.abc import Set
 from heapq import heapify, heappop, heappush, heapreplace
 from operator import attrgetter
 
@@ -17,6 +20,13 @@ OUTPUT_TOKEN_COST = 2
 ADAPTER_QUANTUM = 512
 """How much more service an adapter must have had for another to take its memory: swapping costs
 loads and prompts computed again, so it is not done at every token."""
+FLOOD = 4
+"""A tenant floods with more than this many times the sequences of the one that has the fewest."""
+GUARDED_STEPS = 64
+"""For how many steps after the others have left a flood is still limited, as they will be back: who
+comes waits for the step under way."""
+GUARDED_SHARE = 4
+"""How many times as many tokens it may have meanwhile."""
 
 _arrival = attrgetter("arrival")
 
@@ -24,13 +34,15 @@ _arrival = attrgetter("arrival")
 class Tenant:
     """What one tenant has been served, and what it has here now."""
 
-    __slots__ = ("num_running", "num_sequences", "service")
+    __slots__ = ("num_ready", "num_running", "num_sequences", "service")
 
     def __init__(self) -> None:
         self.service = 0
         """Weighted tokens."""
         self.num_sequences = 0
-        """Waiting or running."""
+        """Waiting for whatever, or running."""
+        self.num_ready = 0
+        """Waiting for a place in the batch, or running."""
         self.num_running = 0
 
 
@@ -48,6 +60,16 @@ class ServiceCounter:
     def __getitem__(self, seq: Sequence) -> Tenant:
         """The tenant of a sequence that was added and not removed."""
         return self._active[seq.tenant]
+
+    def fewest(self) -> int:
+        """How many sequences ready to run the tenant has that has the fewest; 0 without any."""
+        ready = (tenant.num_ready for tenant in self._active.values())
+        return min((n for n in ready if n), default=0)
+
+    def floods(self, fewest: int) -> Set[str | None]:
+        """The tenants with far more of them than another, which has the fewest."""
+        most = FLOOD * fewest
+        return {name for name, tenant in self._active.items() if tenant.num_ready > most}
 
     def add(self, seq: Sequence) -> None:
         """Note a new sequence of its tenant."""
@@ -67,6 +89,39 @@ class ServiceCounter:
             # With nobody here nobody was kept waiting: all start afresh, none is remembered.
             if not self._active:
                 self._tenants.clear()
+
+
+class FloodLimit:
+    """The tokens of one step that tenants that flood may have together, one at least for each.
+
+    Sequences more urgent than all of the others' are not limited.
+    """
+
+    __slots__ = ("_num_tokens", "_unserved", "_urgency", "floods")
+
+    def __init__(self, floods: Set[str | None], urgency: int, num_tokens: int) -> None:
+        """urgency: the priority of the most urgent sequence of the others."""
+        self.floods = floods
+        self._urgency = urgency
+        self._num_tokens = max(num_tokens, len(floods))
+        self._unserved = set(floods)
+
+    def holds(self, seq: Sequence) -> bool:
+        """Whether it limits this sequence."""
+        return seq.tenant in self.floods and seq.priority >= self._urgency
+
+    def left_for(self, seq: Sequence) -> int:
+        """How many tokens a sequence may have."""
+        if not self.holds(seq):
+            return sys.maxsize
+        others = len(self._unserved) - (seq.tenant in self._unserved)
+        return self._num_tokens - others
+
+    def take(self, seq: Sequence, num_tokens: int) -> None:
+        """Note that a sequence is given these."""
+        if self.holds(seq):
+            self._num_tokens -= num_tokens
+            self._unserved.discard(seq.tenant)
 
 
 class _Line:
@@ -115,8 +170,12 @@ class WaitingQueue:
                 self._heap = [self._entry(line) for line in self._lines.values()]
                 heapify(self._heap)
 
-    def first(self) -> Sequence | None:
-        """The next to be admitted; None where nobody waits."""
+    def first(self, but: Set[str | None] = frozenset()) -> Sequence | None:
+        """The next to be admitted, of other tenants than these; None where nobody waits."""
+        if but:
+            lines = (line for (_, name), line in self._lines.items() if name not in but)
+            heads = ((line.sequences[0], line.tenant.service) for line in lines)
+            return min(heads, key=lambda h: (h[0].priority, h[1], h[0].arrival), default=(None,))[0]
         while self._heap:
             _, service, arrival, serial, line = self._heap[0]
             if serial != line.entry or not line.sequences:

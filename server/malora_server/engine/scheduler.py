@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from malora_server.adapters.store import AdapterStore, StoredAdapter
 from malora_server.engine.fairness import (
     ADAPTER_QUANTUM,
+    GUARDED_SHARE,
+    GUARDED_STEPS,
     OUTPUT_TOKEN_COST,
     PROMPT_TOKEN_COST,
+    FloodLimit,
     ServiceCounter,
     WaitingQueue,
 )
@@ -54,6 +57,10 @@ class Scheduler:
     only ever move to the less served; so preemption comes to rest, somebody gets a token, and all
     finish in the end.
 
+    A step's length is everybody's, so where tenants flood (`ServiceCounter.floods`) their tokens in
+    it are limited, and others pass them in the line. Sequences beyond the limit keep their places
+    and blocks, and are no part of the step; those earlier in order are, so all finish in the end.
+
     A sequence whose adapter is not on the device waits beside that line, and holds up nobody; those
     whose adapters find no place there go in the same order. Where adapters that are used leave no
     room for the first one's, the most served of them give way, with all their sequences, once they
@@ -67,10 +74,20 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         adapters: AdapterStore | None = None,
+        flood_tokens: Callable[[], int] | None = None,
     ) -> None:
-        """adapters: whose places sequences need that have one."""
+        """adapters: whose places sequences need that have one.
+
+        flood_tokens: how many tokens of a step tenants that flood may have together where there are
+        others, if that is no less than an equal share; None: any number.
+        """
         self.block_manager = block_manager
         self._adapters = adapters
+        self._flood_tokens = flood_tokens
+        self._num_guarded = 0
+        """Steps for which floods are limited though they hold up nobody now."""
+        self._urgency = 0
+        """Of the most urgent sequence that a flood held up last."""
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_preemptions = 0
@@ -175,7 +192,8 @@ class Scheduler:
         Every chunk's tokens have their blocks. Depends on how many tokens sequences have, never
         on which: so the next step can be scheduled while this one's tokens are still unknown.
         """
-        self._reclaim()
+        limit = self._limit_floods()
+        self._reclaim(limit)
         self._sort_running()
         budget = self.max_num_batched_tokens
         block_size = self.block_manager.block_size
@@ -192,16 +210,20 @@ class Scheduler:
             if len(seq.token_ids) - start > 1:
                 prefills.append(seq)
                 continue
+            if limit is not None and limit.left_for(seq) <= 0:
+                continue
             if start == len(seq.block_table) * block_size and not self._make_room(seq):
                 break
             chunks.append(Chunk(seq, start, 1))
             budget -= 1
+            if limit is not None:
+                limit.take(seq, 1)
         for seq in prefills:
             if budget == 0:
                 return chunks
-            budget -= self._prefill(seq, budget, chunks)
+            budget -= self._prefill(seq, budget, limit, chunks)
         if self.num_preemptions == preempted_before:
-            self._admit(budget, chunks)
+            self._admit(budget, limit, chunks)
         return chunks
 
     def advance(self, chunks: list[Chunk]) -> None:
@@ -244,17 +266,48 @@ class Scheduler:
             self._finish(seq)
         return finished
 
-    def _prefill(self, seq: Sequence, budget: int, chunks: list[Chunk]) -> int:
+    def _limit_floods(self) -> FloodLimit | None:
+        """What tenants that flood may have of the next step; None where they hold up nobody."""
+        if self._flood_tokens is None:
+            return None
+        fewest = self._service.fewest()
+        floods = self._service.floods(fewest)
+        if floods:
+            others = [seq for seq in self._running if seq.tenant not in floods]
+            first = self._waiting.first(but=floods)
+            if first is not None:
+                others.append(first)
+            self._urgency = min(seq.priority for seq in others)
+            self._num_guarded = GUARDED_STEPS
+            num_tokens = max(self._flood_tokens(), len(floods) * fewest)
+            return FloodLimit(floods, self._urgency, num_tokens)
+        if self._num_guarded == 0:
+            return None
+        self._num_guarded -= 1
+        floods = self._service.floods(1)
+        num_tokens = GUARDED_SHARE * self._flood_tokens()
+        return FloodLimit(floods, self._urgency, num_tokens) if floods else None
+
+    def _prefill(
+        self, seq: Sequence, budget: int, limit: FloodLimit | None, chunks: list[Chunk]
+    ) -> int:
         start = seq.num_computed_tokens
         num_tokens = min(budget, len(seq.token_ids) - start)
+        if limit is not None:
+            num_tokens = min(num_tokens, limit.left_for(seq))
+            if num_tokens <= 0:
+                return 0
+            limit.take(seq, num_tokens)
         chunks.append(Chunk(seq, start, num_tokens))
         return num_tokens
 
-    def _admit(self, budget: int, chunks: list[Chunk]) -> None:
+    def _admit(self, budget: int, limit: FloodLimit | None, chunks: list[Chunk]) -> None:
         while budget > 0 and len(self._running) < self.max_num_seqs:
-            seq = self._waiting.first()
+            seq = self._first_waiting(limit)
             if seq is None or seq.num_pending:
                 return  # it gave way with its last token under way: the next step knows it
+            if limit is not None and limit.left_for(seq) <= 0:
+                return
             prefix, num_found = self.block_manager.match_prefix(seq)
             # Nobody overtakes the first in order: it would starve while smaller ones pass.
             if not self.block_manager.allocate(seq, len(seq.token_ids) - num_found, prefix):
@@ -268,13 +321,23 @@ class Scheduler:
             if seq.num_preemptions == 0:
                 # At once, not as chunks are computed: the next to be admitted depends on it.
                 tenant.service += PROMPT_TOKEN_COST * (seq.num_prompt_tokens - num_found)
-            budget -= self._prefill(seq, budget, chunks)
+            budget -= self._prefill(seq, budget, limit, chunks)
 
-    def _reclaim(self) -> None:
-        """Make room for the first in line, as far as it may take it from others."""
+    def _first_waiting(self, limit: FloodLimit | None) -> Sequence | None:
+        """The next to be admitted: a tenant that floods, and runs something, lets others pass."""
         seq = self._waiting.first()
+        if seq is None or limit is None or not limit.holds(seq):
+            return seq
+        other = self._waiting.first(but=limit.floods)
+        if other is None or other.priority > seq.priority:
+            return seq
+        return other if self._service[seq].num_running else seq
+
+    def _reclaim(self, limit: FloodLimit | None) -> None:
+        """Make room for the first in line, as far as it may take it from others."""
+        seq = self._first_waiting(limit)
         while seq is not None and not self._has_room(seq):
-            victim = self._yielding_to(seq)
+            victim = self._yielding_to(seq, limit)
             if victim is None:
                 return
             self._preempt(victim)
@@ -282,7 +345,7 @@ class Scheduler:
     def _has_room(self, seq: Sequence) -> bool:
         return len(self._running) < self.max_num_seqs and self.block_manager.fits(seq)
 
-    def _yielding_to(self, seq: Sequence) -> Sequence | None:
+    def _yielding_to(self, seq: Sequence, limit: FloodLimit | None) -> Sequence | None:
         service = self._service
         mine = service[seq]
         best: Sequence | None = None
@@ -291,7 +354,11 @@ class Scheduler:
             tenant = service[other]
             if tenant.num_running <= mine.num_running + 1 or other.priority < seq.priority:
                 continue
-            if other.priority == seq.priority and tenant.service <= mine.service:
+            if (
+                other.priority == seq.priority
+                and tenant.service <= mine.service
+                and (limit is None or limit.holds(seq) or not limit.holds(other))
+            ):
                 continue
             key = (other.priority, tenant.num_running, other.arrival)
             if best is None or key > best_key:
@@ -344,6 +411,7 @@ class Scheduler:
     def _wait(self, seq: Sequence) -> None:
         seq.status = Status.WAITING
         self._waiting.push(seq)
+        self._service[seq].num_ready += 1
         if seq.adapter is not None:
             seq.adapter.num_using += 1
 
@@ -356,6 +424,7 @@ class Scheduler:
                 self._waiting.remove(seq)
             else:
                 self._stop_running(seq)
+            self._service[seq].num_ready -= 1
             if seq.adapter is not None:
                 seq.adapter.num_using -= 1
 

@@ -30,6 +30,12 @@ def test_sizes_of_memory() -> None:
     assert json.loads(msgspec.json.encode(engine_config(settings)))["kv_cache_memory"] == 4 * 2**30
 
 
+def test_an_infinite_slowdown_is_no_bound() -> None:
+    assert engine_config(parse_settings(["--base", "x"])).max_slowdown == 1.5
+    config = engine_config(parse_settings(["--base", "x", "--max-slowdown", "inf"]))
+    assert json.loads(msgspec.json.encode(config))["max_slowdown"] is None
+
+
 @pytest.mark.parametrize(
     ("argv", "name"),
     [
@@ -62,6 +68,8 @@ def test_the_base_model_that_ships_along(monkeypatch: pytest.MonkeyPatch) -> Non
         (["--dtype", "int8"], "--dtype"),
         (["--kv-cache-memory", "4GX"], "--kv-cache-memory"),
         (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--max-slowdown", "0.9"], "--max-slowdown"),
+        (["--max-slowdown", "nan"], "--max-slowdown"),
         (["--shutdown-timeout", "inf"], "--shutdown-timeout"),
     ],
 )

@@ -120,6 +120,27 @@ def test_a_request_does_not_depend_on_how_it_was_run(served, family, temperature
         assert_same(LLM(variant).generate(texts, sampling, names), alone)
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_flood_that_is_held_back_gets_the_same_tokens(served, pipelined):
+    base, root = served("llama")
+    config = EngineConfig(base=str(base), adapters=str(root), max_slowdown=None)
+    names = ["lora"] * 12 + ["hidden", None]
+    texts = prompts(len(names), seed=5)
+    sampling = [
+        msgspec.structs.replace(GREEDY, max_tokens=30 if name == "hidden" else 6) for name in names
+    ]
+    results, steps = [], []
+    for max_slowdown in (None, 1.0):
+        llm = LLM(msgspec.structs.replace(config, max_slowdown=max_slowdown))
+        llm._core._pipelined = pipelined
+        llm.generate(texts[-2:], GREEDY, ["lora", "hidden"])  # loads them
+        before = llm.stats().steps
+        results.append(llm.generate(texts, sampling, names))
+        steps.append(llm.stats().steps - before)
+    assert_same(results[1], results[0])
+    assert steps[1] > 1.5 * steps[0], "nothing was held back"
+
+
 @pytest.mark.parametrize("num_blocks", [14, 400])
 def test_a_pipelined_engine_gives_the_same(served, num_blocks):
     base, root = served("llama")

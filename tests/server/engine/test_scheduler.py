@@ -12,6 +12,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from malora_server.engine.fairness import FLOOD
 from malora_server.engine.kv_cache import BlockManager
 from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
 from malora_server.engine.scheduler import Chunk, Scheduler
@@ -230,14 +231,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_batched_tokens=st.integers(1, 12),
         caching=st.booleans(),
         pipelined=st.booleans(),
+        limits=st.lists(st.integers(0, 6), max_size=3),
     )
     def start(
-        self, num_blocks, block_size, max_num_seqs, max_num_batched_tokens, caching, pipelined
+        self,
+        num_blocks,
+        block_size,
+        max_num_seqs,
+        max_num_batched_tokens,
+        caching,
+        pipelined,
+        limits,
     ):
         self.pipelined = pipelined
         self.in_flight = []
         self.manager = BlockManager(num_blocks, block_size, caching)
-        self.scheduler = Scheduler(self.manager, max_num_seqs, max_num_batched_tokens)
+        self.limits = itertools.cycle(limits)
+        self.limit = 0
+        self.scheduler = Scheduler(
+            self.manager,
+            max_num_seqs,
+            max_num_batched_tokens,
+            flood_tokens=(lambda: self.limit) if limits else None,
+        )
         self.arrivals = itertools.count()
         self.live = {}
         self.expected = {}
@@ -251,8 +267,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         max_tokens=st.integers(1, 8),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        number=st.sampled_from([1, 1, 1, 2 * FLOOD]),
     )
-    def add(self, prompt, digest, adapter, priority, max_tokens, prompt_logprobs):
+    def add(self, prompt, digest, adapter, priority, max_tokens, prompt_logprobs, number):
+        for _ in range(number):
+            self.add_one(prompt, digest, adapter, priority, max_tokens, prompt_logprobs)
+
+    def add_one(self, prompt, digest, adapter, priority, max_tokens, prompt_logprobs):
         arrival = next(self.arrivals)
         seq = make(
             f"r{arrival}",
@@ -313,7 +334,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def schedule(self):
         before = {r: seq.status for r, seq in self.live.items()}
+        if self.scheduler._flood_tokens is not None:
+            self.limit = next(self.limits)
         chunks = self.scheduler.schedule()
+        if self.scheduler._flood_tokens is not None:
+            self.check_floods(chunks)
         assert bool(chunks or self.in_flight) == bool(self.live or self.in_flight), "no progress"
         assert sum(chunk.num_tokens for chunk in chunks) <= self.scheduler.max_num_batched_tokens
         assert all(chunk.num_tokens > 0 for chunk in chunks)
@@ -339,6 +364,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         ]
         assert decodes == sorted(decodes, reverse=True)
         return chunks
+
+    def check_floods(self, chunks):
+        """Those that flood have no more of the step than the limit or an equal share."""
+        ready = Counter(seq.tenant for seq in self.live.values())
+        fewest = min(ready.values(), default=0)
+        floods = {tenant for tenant, number in ready.items() if number > FLOOD * fewest}
+        others = [seq.priority for seq in self.live.values() if seq.tenant not in floods]
+        if floods:
+            held = [c for c in chunks if c.seq.tenant in floods and c.seq.priority >= min(others)]
+            most = max(self.limit, fewest * len(floods))
+            assert sum(chunk.num_tokens for chunk in held) <= most
 
     def settle(self, chunks, sampled):
         for seq in self.scheduler.settle(chunks, sampled):
@@ -385,6 +421,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             own = [seq.status for seq in self.live.values() if seq.tenant == name]
             assert tenant.num_sequences == len(own)
             assert tenant.num_running == own.count(Status.RUNNING)
+            assert tenant.num_ready == len(own)
         for request_id, seq in self.live.items():
             known = len(seq.token_ids) - seq.num_pending
             assert seq.token_ids[:known] == self.expected[request_id][:known]

@@ -26,6 +26,7 @@ from typer import Option
 
 from benchmarks import models
 from malora.base_model import PATH
+from malora.training.progress import ProgressReport
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import AdapterVersion, RetireAdapter, SamplingParams, Submit
@@ -33,6 +34,8 @@ from malora_server.engine.messages import AdapterVersion, RetireAdapter, Samplin
 PROMPT_TOKENS = 32
 NEW_TOKENS = 8
 CONCURRENCY = 32
+NOTE_EVERY = 1000
+"""Requests; on a terminal, a bar moves."""
 MIB = 2**20
 
 
@@ -51,8 +54,8 @@ def main(
         weights = 1 / np.arange(1, used + 1) ** exponent
         order = np.random.default_rng(0).choice(used, requests, p=weights / weights.sum())
         rows = {
-            "all resident": _run(root, versions, order, used),
-            f"memory for {memory}": _run(root, versions, order, memory),
+            name: _run(root, versions, order, count, name)
+            for name, count in (("all resident", used), (f"memory for {memory}", memory))
         }
     resident = rows["all resident"]["requests_per_second"]
     table = Table(
@@ -94,7 +97,11 @@ def _save_adapters(root: Path, count: int) -> list[AdapterVersion]:
 
 
 def _run(
-    root: Path, versions: list[AdapterVersion], order: np.ndarray[Any, Any], memory: int
+    root: Path,
+    versions: list[AdapterVersion],
+    order: np.ndarray[Any, Any],
+    memory: int,
+    title: str,
 ) -> dict[str, Any]:
     """The requests' figures with memory for so many adapters, after one request for each of these.
 
@@ -111,13 +118,14 @@ def _run(
         enable_prefix_caching=False,
     )
     core = EngineCore(config)
-    _serve(core, versions, np.arange(memory))
-    before = core.stats().adapters
     quarter = len(order) // 4
-    seconds = _serve(core, versions, order[:quarter])
-    rss = psutil.Process().memory_info().rss
-    seconds += _serve(core, versions, order[quarter:])
-    growth = psutil.Process().memory_info().rss - rss
+    with ProgressReport(title, memory + len(order)) as progress:
+        _serve(core, versions, np.arange(memory), progress)
+        before = core.stats().adapters
+        seconds = _serve(core, versions, order[:quarter], progress)
+        rss = psutil.Process().memory_info().rss
+        seconds += _serve(core, versions, order[quarter:], progress)
+        growth = psutil.Process().memory_info().rss - rss
     stats = core.stats()
     after = stats.adapters
     if stats.num_requests_running or stats.num_requests_waiting or stats.kv_cache_usage_ratio:
@@ -141,11 +149,17 @@ def _run(
 def _adapter_bytes(root: Path, version: AdapterVersion) -> int:
     """What one adapter takes in a tier."""
     core = EngineCore(EngineConfig(base=str(PATH), adapters=str(root), kv_cache_memory=16 * MIB))
-    _serve(core, [version], np.zeros(1, np.int64))
+    with ProgressReport("an adapter", 1) as progress:
+        _serve(core, [version], np.zeros(1, np.int64), progress)
     return core.stats().adapters.device_bytes
 
 
-def _serve(core: EngineCore, versions: list[AdapterVersion], order: np.ndarray[Any, Any]) -> float:
+def _serve(
+    core: EngineCore,
+    versions: list[AdapterVersion],
+    order: np.ndarray[Any, Any],
+    progress: ProgressReport,
+) -> float:
     """Seconds that these requests take, CONCURRENCY in flight at any time."""
     rng = np.random.default_rng(1)
     sampling = SamplingParams(max_tokens=NEW_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
@@ -172,6 +186,9 @@ def _serve(core: EngineCore, versions: list[AdapterVersion], order: np.ndarray[A
             if output.finish_reason is not None:
                 in_flight -= 1
                 done += 1
+                progress.advance(1)
+                if done % NOTE_EVERY == 0:
+                    progress.note("")
     return time.perf_counter() - start
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from malora.base_model import PATH as BASE
@@ -197,12 +198,24 @@ def test_compare_and_swap(own: Client) -> None:
 
 
 async def test_one_change_of_a_name_at_a_time(own_url: str) -> None:
+    engines = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "malora_server.engine.process" in process.cmdline()
+    ]
     async with AsyncClient(base_url=own_url, max_retries=0) as client:
-        results = await asyncio.gather(
-            *(client.adapters.load("lora") for _ in range(4)),
-            client.adapters.unpin("lora"),
-            return_exceptions=True,
-        )
+        changes = [client.adapters.load("lora") for _ in range(4)]
+        tasks = [asyncio.ensure_future(each) for each in [*changes, client.adapters.unpin("lora")]]
+        for engine in engines:
+            engine.suspend()  # so that the first one lasts until all have come
+        try:
+            async with asyncio.timeout(20):
+                while sum(task.done() for task in tasks) < 4:
+                    await asyncio.sleep(0.01)
+        finally:
+            for engine in engines:
+                engine.resume()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
     codes = [getattr(result, "code", None) for result in results]
     assert codes.count("adapter_busy") == 4
     assert codes.count(None) == 1

@@ -66,6 +66,9 @@ CACHE_SHARES = {"cpu": 0.5, "cuda": 0.85}
 `kv_cache_memory` is not given. The rest is for activations, graphs and, on the CPU, others."""
 _STEPS_SHARE = 0.7
 """The share of `max_slowdown` that steps may take; the rest is for what it does not count."""
+_LOADING_SECONDS = 0.005
+"""How long a step waits at most for an adapter that is nearly there: this one may be shorter than
+the last, which tells how much time there is."""
 _COMPILING_SECONDS = 0.02
 """How long a step waits for a grammar at most, where it has nothing else to do."""
 
@@ -424,7 +427,7 @@ class EngineCore:
         if self._in_flight is not None:
             # The device is busy: launching its next step a little later costs nobody anything, and
             # saves the requests for an adapter that comes meanwhile a whole step.
-            self.adapters.wait_for_load(self._idle_seconds / 2)
+            self.adapters.wait_for_load(min(self._idle_seconds / 2, _LOADING_SECONDS))
         outputs = self._advance_adapters()
         if self._in_flight is not None and self._in_flight.settles_first:
             outputs += self._settle()

@@ -397,7 +397,7 @@ def simulate(flood, new_tokens, limited=True, each=0.001, max_num_seqs=256):
         num_blocks=20_000,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=1024,
-        flood_tokens=(lambda: int(0.35 * times.fixed_tokens)) if limited else None,
+        flood_tokens=(lambda: int(0.25 * times.fixed_tokens)) if limited else None,
     )
     rng = np.random.default_rng(0)
     todo = sorted((i / 9 + second, i) for i in range(9) for second in range(15))
@@ -424,7 +424,7 @@ def simulate(flood, new_tokens, limited=True, each=0.001, max_num_seqs=256):
     return np.percentile(latencies, [50, 95]), flood_tokens
 
 
-@pytest.mark.parametrize("new_tokens", [16, 32])
+@pytest.mark.parametrize("new_tokens", [8, 32])
 @pytest.mark.parametrize("each", [0.001, 0.00003], ids=["CPU", "GPU"])
 def test_a_flood_leaves_the_others_latency_within_one_and_a_half(new_tokens, each):
     alone, _ = simulate(False, new_tokens, each=each)

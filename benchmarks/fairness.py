@@ -1,11 +1,13 @@
 """What a flood by one adapter does to nine others' latency, on the real engine, in this process.
 
     python -m benchmarks.fairness [--max-num-seqs 256] [--new-tokens 32] [--json FILE]
+    python -m benchmarks.fairness --shape 8b
 
 Nine adapters send one request a second each (`--rate`), at the same times alone and while a tenth
 keeps the batch full and 64 requests waiting. The flood is served twice: with the server's default
 `--max-slowdown`, and without any bound, which is what the bound costs the flood. Alone, with and
 without take turns, round after round, so that a machine that gets slower does so for all three.
+Both engines are there at once: a GPU needs memory for two models.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Annotated
 
 import msgspec
 import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -60,6 +63,7 @@ class Run:
 
 
 def main(
+    shape: Annotated[str, Option(help="8b, 1b, small or tiny.")] = "small",
     max_num_seqs: Annotated[int, Option(help="The most sequences in a batch.")] = 256,
     rate: Annotated[float, Option(help="Requests a second of each of the nine.")] = 1.0,
     new_tokens: Annotated[int, Option(help="Tokens generated for each of their requests.")] = 32,
@@ -72,17 +76,21 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base, adapters = folder / "base", folder / "adapters"
-        models.save_base(base, PATH)
-        models.save_adapters(base, adapters, LIGHT + 1, models.lora(), "lora")
+        adapters.mkdir()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        models.save_base(base, PATH, shape, device)
+        torch.cuda.empty_cache()
         config = EngineConfig(
             base=str(base),
             adapters=str(adapters),
             max_num_seqs=max_num_seqs,
-            kv_cache_memory=2 * 2**30,
+            max_model_len=PROMPT_TOKENS + max(new_tokens, flood_tokens) + 1,
             enable_prefix_caching=False,
         )
         bound = EngineCore(config)
         unbound = EngineCore(msgspec.structs.replace(config, max_slowdown=None))
+        kind, sites = models.KINDS["lora16"], models.sites_of(bound)
+        models.save_random_adapters(kind, sites, adapters, "lora", LIGHT + 1)
         load = Load(
             adapters, max_num_seqs + WAITING, rate, new_tokens, flood_tokens, WARM_UP_SECONDS
         )

@@ -6,7 +6,7 @@ as the composition stays: a steady decode step does no index work on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,12 @@ class Routing:
         self.gates[:, layer, : gates.shape[1]].index_add_(0, tokens, gates.float())
 
 
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Of input, weight and bias, as `torch.nn.functional.linear`."""
+BaseProduct = Callable[[Linear], Tensor]
+"""Makes a group's base product, (…, m), with the given function where it can."""
+
+
 class BatchPlan(Protocol):
     """The adapters of one batch: which tokens are whose.
 
@@ -45,13 +51,18 @@ class BatchPlan(Protocol):
     routing: Routing | None
     """Set for a step that reports the gates its tokens took."""
 
-    def begin(self, x: Tensor, group: Group) -> None:
-        """Start what needs the group's input, (T, n) and contiguous, but not its base product."""
+    @property
+    def separate(self) -> bool:
+        """Whether `apply` leaves the sum to whoever reads it."""
 
-    def add_to(self, out: Tensor, x: Tensor, group: Group) -> None:
-        """Add every token's adapter to the base product, in place, after `begin`.
+    def start(self) -> None:
+        """To be called before each forward pass."""
 
-        x: (T, n), the group's input. out: (T, m), the group's base output. Both contiguous.
+    def apply(self, x: Tensor, group: Group, base: BaseProduct) -> tuple[Tensor, Tensor | None]:
+        """A group's outputs, (…, m): the base product with every token's adapter added.
+
+        x: (T, n), the group's input, contiguous. Where `separate`, the base product, and what is to
+        be added to it, (T, m).
         """
 
 
@@ -62,8 +73,8 @@ def plan_batch(runs: Sequence[Run], num_tokens: int, adapters: ResidentAdapters)
         from malora.kernels.cpu import CpuPlan
 
         return CpuPlan(runs, num_tokens, adapters.dtype)
-    from malora.kernels.triton import GpuPlan
+    from malora.kernels.triton import gpu_plan
 
-    plan = GpuPlan(num_tokens, adapters)
+    plan = gpu_plan(num_tokens, adapters)
     plan.load(runs)
     return plan

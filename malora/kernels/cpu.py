@@ -19,8 +19,9 @@ import torch
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
-from malora.kernels.batched import Routing, Run
+from malora.kernels.batched import BaseProduct, Routing, Run
 from malora.kernels.long_runs import LongRuns, long_runs
 from malora.kernels.resident import FIELDS, Group
 
@@ -176,6 +177,8 @@ faster in the dense form, which computes every expert but reads each row once a 
 class CpuPlan:
     """A batch's adapters on the CPU: long runs in the dense form, other tokens one by one."""
 
+    separate = False
+
     def __init__(self, runs: Sequence[Run], num_tokens: int, dtype: torch.dtype) -> None:
         """dtype: the adapters'."""
         self.routing: Routing | None = None
@@ -193,8 +196,16 @@ class CpuPlan:
         self._tokens = np.flatnonzero(headers)
         self._headers = headers[self._tokens]
 
-    def begin(self, x: torch.Tensor, group: Group) -> None:
-        """Nothing: the same cores make the base product."""
+    def start(self) -> None:
+        """Nothing is kept from step to step."""
+
+    def apply(
+        self, x: torch.Tensor, group: Group, base: BaseProduct
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base product, (…, m), with every token's adapter added; x: (T, n), contiguous."""
+        out = base(F.linear)
+        self.add_to(out.view(len(x), -1), x, group)
+        return out, None
 
     def add_to(self, out: torch.Tensor, x: torch.Tensor, group: Group) -> None:
         """Add every token's adapter to the base product, in place.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from malora.format import AdaptedLinear
 from malora.kernels import reference, triton
 from malora.kernels.batched import Routing, Run, plan_batch
+from malora.kernels.beside import SmallBatchPlan
 from malora.kernels.cpu import DENSE_TOKENS
 from malora.kernels.resident import Group, ResidentAdapters, Site
 
@@ -227,15 +228,18 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, small, seed):
     out = torch.randn(position, sum(widths), generator=generator)
     want = expected(x, out, runs, linears, sites)
     # Batches of prompts take another form than decoding ones; few tokens do here, to be quick.
-    form = triton._DECODE if small else dataclasses.replace(triton._PREFILL, part=512)
-    with mock.patch.object(triton, "_DECODE", form):
-        plan = triton.GpuPlan(position, adapters)
-    plan.routing = Routing(position, 2, 5, GPU)
-    plan.load([Run(a, b, residents[i]) for a, b, i in runs if i is not None])
-    got, taken = out.to(GPU), plan.routing.gates
-    plan.begin(x.to(GPU), group)
-    plan.add_to(got, x.to(GPU), group)
-    torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-4)
+    with mock.patch.object(triton, "_PART", 512):
+        plan = (SmallBatchPlan if small else triton.LargeBatchPlan)(position, adapters)
+        plan.routing = Routing(position, 2, 5, GPU)
+        plan.load([Run(a, b, residents[i]) for a, b, i in runs if i is not None])
+        taken = plan.routing.gates
+        for _ in range(2):  # a plan serves step after step
+            taken.zero_()
+            plan.start()
+            got, delta = plan.apply(x.to(GPU), group, lambda _linear: out.clone().to(GPU))
+            assert plan.separate == small == (delta is not None)
+            got = got if delta is None else got + delta
+            torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-4)
     assert not taken[:, 1].any()
     for start, stop, index in runs:
         if index is not None:

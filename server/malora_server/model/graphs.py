@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from malora.kernels.batched import Run
+from malora.kernels.beside import MAX_TOKENS, SmallBatchPlan
 from malora.kernels.resident import ResidentAdapters, Sizes
-from malora.kernels.triton import GpuPlan
 from malora_server.model.attention import AttentionContext
 from malora_server.model.flash import FlashStep, Pages
 from malora_server.model.loader import LoadedModel
@@ -35,14 +35,17 @@ class _Graph:
     inputs: Tensor
     """(3, rows) int64: token ids, positions, slots."""
     step: FlashStep
-    plan: GpuPlan | None
+    plan: SmallBatchPlan | None
     plan_key: object = None
     graph: torch.cuda.CUDAGraph | None = None
     logits: Tensor | None = None
 
 
 class DecodeGraphs:
-    """Graphs for batches of up to `max_rows` sequences, of at most `max_blocks` blocks each."""
+    """Graphs for batches of up to `max_rows` sequences, of at most `max_blocks` blocks each.
+
+    `max_rows` is what was asked for, but not beyond what a plan in a graph can be for.
+    """
 
     def __init__(
         self,
@@ -60,7 +63,9 @@ class DecodeGraphs:
         self._max_blocks = max_blocks
         self._spare_block = spare_block
         self._block_size = block_size
-        self._sizes = [n for n in (1, 2, 4, *range(8, max_rows + 8, 8)) if n < max_rows + 8]
+        self.max_rows = min(max_rows, MAX_TOKENS)
+        sizes = (1, 2, 4, *range(8, self.max_rows + 8, 8))
+        self._sizes = [n for n in sizes if n < self.max_rows + 8]
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, Sizes | None], _Graph] = {}
 
@@ -132,11 +137,10 @@ class DecodeGraphs:
         graph = _Graph(
             torch.zeros((3, rows), dtype=torch.int64, device=device),
             FlashStep(device, (rows, rows * self._max_blocks)),
-            GpuPlan(rows, self._adapters) if adapted else None,
+            SmallBatchPlan(rows, self._adapters) if adapted else None,
         )
         self._load(graph, np.zeros((3, 0), np.int64), [])
         self._attention.step = graph.step
-        self._loaded.adapters.plan = graph.plan
         torch.cuda.synchronize()
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):  # compiles and plans what a capture may not
@@ -148,6 +152,7 @@ class DecodeGraphs:
         return graph
 
     def _forward(self, graph: _Graph) -> Tensor:
+        self._loaded.adapters.start(graph.plan)
         logits: Tensor = self._loaded.model(
             input_ids=graph.inputs[:1],
             position_ids=graph.inputs[1:2],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from malora.kernels.batched import BatchPlan
+from malora.kernels.batched import BatchPlan, Linear
 from malora.kernels.resident import Group, Site
 from malora_server.model.quantization import (
     Float8Weight,
@@ -30,9 +30,20 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class AdapterContext:
-    """What the linears read; the runner sets `plan` before each forward pass."""
+    """What the linears read."""
 
-    plan: BatchPlan | None = None
+    def __init__(self) -> None:
+        self.plan: BatchPlan | None = None
+        self.separate = False
+        """Whether what adapters add comes beside the base product. On its own, not asked of the
+        plan: a compiled layer is one for each value of it."""
+
+    def start(self, plan: BatchPlan | None) -> None:
+        """Set the plan of the forward pass that begins, on whatever stream it is launched on."""
+        self.plan = plan
+        self.separate = plan is not None and plan.separate
+        if plan is not None:
+            plan.start()
 
 
 _numbers = count()
@@ -63,37 +74,50 @@ class LinearGroup(nn.Module):
             self._input = x
             # Here, where the compiler joins it to what made x; the product is opaque to it.
             rows = (None, None) if self.float8 is None else quantise_rows(x)
-            if torch.compiler.is_compiling():
-                out = torch.ops.malora.grouped_linear(x, *rows, self.number, sum(self.widths))
+            delta: Tensor | None = None
+            if not torch.compiler.is_compiling():
+                out, delta = self.compute(x, *rows)
+            elif self.context.separate:
+                out, delta = torch.ops.malora.separate_linear(
+                    x, *rows, self.number, sum(self.widths)
+                )
             else:
-                out = self.compute(x, *rows)
+                out = torch.ops.malora.grouped_linear(x, *rows, self.number, sum(self.widths))
             self._outputs = list(out.split(self.widths, dim=-1))
+            if delta is not None:  # the compiler joins this to what reads them
+                deltas = delta.view(out.shape).split(self.widths, dim=-1)
+                self._outputs = [a + b for a, b in zip(self._outputs, deltas, strict=True)]
         out = self._outputs[index]
         if index == len(self.widths) - 1:  # the last reader: hold nothing between steps
             self._input, self._outputs = None, []
         return out
 
-    def compute(self, x: Tensor, rows: Tensor | None, scales: Tensor | None) -> Tensor:
+    def compute(
+        self, x: Tensor, rows: Tensor | None, scales: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """All the group's outputs side by side, (…, sum of the widths), of inputs (…, n).
 
-        rows, scales: `quantise_rows` of x, where the weight is float8.
+        Where adapters are `separate`, without them, and what they add. rows, scales:
+        `quantise_rows` of x, where the weight is float8.
         """
         plan = self.context.plan
         if plan is None:
-            return self._base_product(x, rows, scales)
-        tokens = x.view(-1, x.shape[-1])
-        plan.begin(tokens, self.group)
-        out = self._base_product(x, rows, scales)
-        plan.add_to(out.view(-1, out.shape[-1]), tokens, self.group)
-        return out
+            return self._base_product(x, rows, scales, F.linear), None
+        return plan.apply(
+            x.view(-1, x.shape[-1]),
+            self.group,
+            lambda linear: self._base_product(x, rows, scales, linear),
+        )
 
-    def _base_product(self, x: Tensor, rows: Tensor | None, scales: Tensor | None) -> Tensor:
+    def _base_product(
+        self, x: Tensor, rows: Tensor | None, scales: Tensor | None, linear: Linear
+    ) -> Tensor:
         if self.float8 is None or rows is None or scales is None:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         return self.float8.product(rows, scales, self.bias, x.dtype)
 
 
-# What a compiled layer calls. The group goes by number, in a tensor: as an attribute, it would be a
+# What compiled layers call. The group goes by number, in a tensor: as an attribute, it would be a
 # constant of the compilation, and every layer would be compiled on its own.
 @torch.library.custom_op("malora::grouped_linear", mutates_args=())
 def _grouped_linear_op(
@@ -103,7 +127,33 @@ def _grouped_linear_op(
     number: Tensor,
     width: int,  # noqa: ARG001
 ) -> Tensor:
-    return _groups[int(number)].compute(x, rows, scales)
+    out, delta = _groups[int(number)].compute(x, rows, scales)
+    assert delta is None
+    return out
+
+
+@torch.library.custom_op("malora::separate_linear", mutates_args=())
+def _separate_linear_op(
+    x: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    number: Tensor,
+    width: int,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    out, delta = _groups[int(number)].compute(x, rows, scales)
+    assert delta is not None
+    return out, delta
+
+
+@_separate_linear_op.register_fake
+def _(
+    x: Tensor,
+    rows: Tensor | None,  # noqa: ARG001
+    scales: Tensor | None,  # noqa: ARG001
+    number: Tensor,  # noqa: ARG001
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], width)), x.new_empty((x.numel() // x.shape[-1], width))
 
 
 @_grouped_linear_op.register_fake

@@ -105,7 +105,11 @@ class ModelRunner:
         slots = self._slots(chunks, counts, positions)
         pending = None if sampled is None else self._pending(chunks, firsts, sampled, device)
         self._set_runs(chunks)
-        if self._graphs is not None and not routing and len(chunks) == len(token_ids):
+        if (
+            self._graphs is not None
+            and not routing
+            and len(chunks) == len(token_ids) <= self._graphs.max_rows
+        ):
             inputs = np.stack([token_ids, positions, slots])
             tables = [c.block_table for c in chunks]
             logits = self._graphs.run(inputs, tables, self._runs, self._runs_key, pending)
@@ -117,13 +121,13 @@ class ModelRunner:
             torch.where(*pending, known, out=known)
         self._attention.step = self._attention_step(chunks, counts, starts, slots)
         plan = self._adapter_plan(len(token_ids))
-        self._loaded.adapters.plan = plan
         gates: Routing | None = None
         if plan is not None:
             if routing:
                 experts = self._adapters.sizes.num_experts
                 gates = Routing(len(token_ids), self._num_layers, experts, device)
             plan.routing = gates
+        self._loaded.adapters.start(plan)
         output = self._loaded.model(
             input_ids=ids[:1],
             position_ids=ids[1:],

@@ -1,0 +1,57 @@
+"""What the GPU's kernels know of adapters: headers, read in device memory.
+
+Addresses from a header carry no alignment, and loads through them would be two bytes at a time;
+`ResidentAdapters` aligns what it stores, and the kernels are told so.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from malora.kernels.resident import FIELDS, Group
+
+NUM_FIELDS = tl.constexpr(len(FIELDS))
+BASIS, ROUTER, COEFFICIENTS, UP, NUM_EXPERTS, TOP_K, RANK, BASIS_DIM, STRIDE, READS_BASIS = (
+    tl.constexpr(i) for i in range(len(FIELDS))
+)
+
+_VECTOR = 16
+"""Bytes of the widest load."""
+
+
+@triton.jit
+def header_row(header, site):
+    """A header's row for a site, as a pointer to its fields."""
+    return (header + site * (NUM_FIELDS * 8)).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def aligned(address, dtype: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """A pointer to elements. The compiler heeds an alignment that is said of a pointer alone."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), ALIGNMENT)
+
+
+@cache
+def alignment(group: Group, itemsize: int) -> int:
+    """Bytes that every row of the group's weights is a multiple of, as far as a load can use."""
+    widths = [group.in_features]
+    for site in group.sites:
+        widths += [site.width, site.start]
+    return _VECTOR if all(width * itemsize % _VECTOR == 0 for width in widths) else itemsize
+
+
+@cache
+def site_widths(group: Group) -> tuple[int, int, int]:
+    """The widths of a group's sites, one after the other in its output; 0 for those it lacks."""
+    first, second, third = [*(site.width for site in group.sites), 0, 0][:3]
+    return first, second, third
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """What runs beside base products."""
+    return torch.cuda.Stream(device)

@@ -1,0 +1,34 @@
+"""The GPU's product of few tokens; in Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from malora.kernels import product
+
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "m", "n"),
+    [(1, 64, 128), (3, 192, 256), (17, 64, 1152), (33, 128, 2304), (100, 64, 2048), (128, 64, 128)],
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_it_equals_the_product(tokens, m, n, has_bias):
+    generator = torch.Generator().manual_seed(tokens)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in ((tokens, n), (m, n), (m,))
+    )
+    given = [t.to(GPU) for t in (x, weight, bias)]
+    assert product.fits(tokens, given[1])
+    want = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+    for _ in range(2):  # what it counts with is as it was after each launch
+        got = product.multiply(given[0], given[1], given[2] if has_bias else None)
+        torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-5)
+
+
+def test_what_its_tiles_do_not_divide_does_not_fit():
+    weight = torch.empty(64, 128)
+    assert not product.fits(129, weight)
+    assert not product.fits(1, torch.empty(65, 128))
+    assert not product.fits(1, torch.empty(64, 192))
+    assert not product.fits(1, torch.empty(64, 128, dtype=torch.int8))

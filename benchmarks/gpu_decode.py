@@ -125,6 +125,7 @@ def _engine(shape: str, max_batch: int, quantization: Quantization | None) -> En
         EngineConfig(
             base=shape,
             max_num_seqs=max_batch,
+            max_slowdown=None,  # every request is in every step
             max_model_len=PROMPT_TOKENS + NEW_TOKENS + 1,
             max_num_batched_tokens=8192,
             enable_prefix_caching=False,

@@ -574,15 +574,18 @@ def _max_parts(n: int) -> int:
 class SmallBatchPlan:
     """The adapters of up to MAX_TOKENS tokens, made beside the base products.
 
-    A plan may be loaded again with another mix of as many tokens, also after its kernels were
-    captured in a graph.
+    A plan may be loaded again with another mix of as many tokens; one for any mix, also after its
+    kernels were captured in a graph.
     """
 
     separate = True
 
-    def __init__(self, num_tokens: int, adapters: ResidentAdapters) -> None:
+    def __init__(self, num_tokens: int, adapters: ResidentAdapters, any_mix: bool = False) -> None:
+        """any_mix: launch as many programs as any mix may need, not just the one loaded."""
         self.routing: Routing | None = None
         self.num_tokens = num_tokens
+        self._any_mix = any_mix
+        self._totals: list[int] = []
         device = adapters.device
         self._sizes = adapters.sizes
         self._max_blocks = num_tokens * (
@@ -602,7 +605,9 @@ class SmallBatchPlan:
 
     def load(self, runs: Sequence[Run]) -> None:
         """Set which tokens are whose."""
-        host = torch.from_numpy(plan_table(runs, self.num_tokens, self._max_blocks))
+        table = plan_table(runs, self.num_tokens, self._max_blocks)
+        self._totals = table[: NUM_TOTALS.value - 1].tolist()
+        host = torch.from_numpy(table)
         if self._stream is not None:
             host = host.pin_memory()
         self._table.copy_(host, non_blocking=True)
@@ -633,20 +638,8 @@ class SmallBatchPlan:
         n, sites, tokens = x.shape[1], len(group.sites), self.num_tokens
         h, c, numbers = self._buffers(x, _max_parts(n), sites)
         widths = site_widths(group)
-        tiles, shared_tiles = (
-            sum(triton.cdiv(width, columns) for width in widths)
-            for columns in (_COLUMNS, _SHARED_COLUMNS)
-        )
         taken = None if self.routing is None else self.routing.gates[:, group.layer]
-        # What is shared has _TOGETHER tokens or more, but for one item of tokens without adapter.
-        parts = max(triton.cdiv(n, _PART), triton.cdiv(n, _shared_part(n) * _TOGETHER))
-        grid = (
-            self._max_blocks * sites * parts
-            + tokens * sites * triton.cdiv(c.shape[-1], _ROUTE_ROWS)
-            + tokens * max(tiles, triton.cdiv(shared_tiles, _TOGETHER))
-            + shared_tiles
-        )
-        add_beside[(grid,)](
+        add_beside[(self._num_programs(group, triton.cdiv(c.shape[-1], _ROUTE_ROWS)),)](
             x,
             delta,
             h,
@@ -670,6 +663,25 @@ class SmallBatchPlan:
             ),
             num_warps=4,
             num_stages=1,
+        )
+
+    def _num_programs(self, group: Group, chunks: int) -> int:
+        n, sites = group.in_features, len(group.sites)
+        parts, shared_parts = triton.cdiv(n, _PART), triton.cdiv(n, _shared_part(n))
+        tiles, shared_tiles = (
+            sum(triton.cdiv(width, columns) for width in site_widths(group))
+            for columns in (_COLUMNS, _SHARED_COLUMNS)
+        )
+        if not self._any_mix:
+            blocks, shared_blocks, routed, adds, shared_adds = self._totals
+            reads = (blocks * parts + shared_blocks * shared_parts) * sites
+            return reads + routed * sites * chunks + adds * tiles + shared_adds * shared_tiles
+        # What is shared has _TOGETHER tokens or more, but for one item of tokens without adapter.
+        return (
+            self._max_blocks * sites * max(parts, triton.cdiv(shared_parts, _TOGETHER))
+            + self.num_tokens * sites * chunks
+            + self.num_tokens * max(tiles, triton.cdiv(shared_tiles, _TOGETHER))
+            + shared_tiles
         )
 
     def _buffers(self, x: Tensor, parts: int, sites: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -199,10 +199,10 @@ def test_half_precision_inputs_are_widened():
     specs=adapters_strategy,
     counts=st.lists(st.tuples(st.integers(1, 20), st.integers(-1, 4)), min_size=1, max_size=4),
     sizes=st.sampled_from([(24, 20, 12, 12), (32, 24, 16, 16), (40, 600, 8, 8), (1040, 24, 16, 8)]),
-    small=st.booleans(),
+    form=st.sampled_from(["small", "small, any mix", "large"]),
     seed=st.integers(0, 2**31),
 )
-def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, small, seed):
+def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, seed):
     n, *widths = sizes
     starts = [sum(widths[:i]) for i in range(3)]
     sites = [Site(*site) for site in zip("qkv", starts, widths, strict=True)]
@@ -229,7 +229,10 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, small, seed):
     want = expected(x, out, runs, linears, sites)
     # Batches of prompts take another form than decoding ones; few tokens do here, to be quick.
     with mock.patch.object(triton, "_PART", 512):
-        plan = (SmallBatchPlan if small else triton.LargeBatchPlan)(position, adapters)
+        if form == "large":
+            plan = triton.LargeBatchPlan(position, adapters)
+        else:
+            plan = SmallBatchPlan(position, adapters, any_mix=form == "small, any mix")
         plan.routing = Routing(position, 2, 5, GPU)
         plan.load([Run(a, b, residents[i]) for a, b, i in runs if i is not None])
         taken = plan.routing.gates
@@ -237,7 +240,7 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, small, seed):
             taken.zero_()
             plan.start()
             got, delta = plan.apply(x.to(GPU), group, lambda _linear: out.clone().to(GPU))
-            assert plan.separate == small == (delta is not None)
+            assert plan.separate == (form != "large") == (delta is not None)
             got = got if delta is None else got + delta
             torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-4)
     assert not taken[:, 1].any()

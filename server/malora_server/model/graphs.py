@@ -137,7 +137,7 @@ class DecodeGraphs:
         graph = _Graph(
             torch.zeros((3, rows), dtype=torch.int64, device=device),
             FlashStep(device, (rows, rows * self._max_blocks)),
-            SmallBatchPlan(rows, self._adapters) if adapted else None,
+            SmallBatchPlan(rows, self._adapters, any_mix=True) if adapted else None,
         )
         self._load(graph, np.zeros((3, 0), np.int64), [])
         self._attention.step = graph.step

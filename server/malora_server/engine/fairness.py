@@ -21,7 +21,7 @@ ADAPTER_QUANTUM = 512
 """How much more service an adapter must have had for another to take its memory: swapping costs
 loads and prompts computed again, so it is not done at every token."""
 FLOOD = 4
-"""A tenant floods with more than this many times the sequences of the one that has the fewest."""
+"""No tenant floods with fewer than this many times the sequences of the one that has the fewest."""
 GUARDED_STEPS = 64
 """For how many steps after the others have left a flood is still limited, as they will be back: who
 comes waits for the step under way."""
@@ -66,9 +66,11 @@ class ServiceCounter:
         ready = (tenant.num_ready for tenant in self._active.values())
         return min((n for n in ready if n), default=0)
 
-    def floods(self, fewest: int) -> Set[str | None]:
-        """The tenants with far more of them than another, which has the fewest."""
-        most = FLOOD * fewest
+    def floods(self, fewest: int, places: int) -> Set[str | None]:
+        """The tenants with far more of them than another, which has the fewest, and with more than
+        an equal share of the batch's places: being asked for more than others is no flood yet.
+        """
+        most = max(FLOOD * fewest, places / max(2, len(self._active)))
         return {name for name, tenant in self._active.items() if tenant.num_ready > most}
 
     def add(self, seq: Sequence) -> None:

@@ -271,7 +271,7 @@ class Scheduler:
         if self._flood_tokens is None:
             return None
         fewest = self._service.fewest()
-        floods = self._service.floods(fewest)
+        floods = self._service.floods(fewest, self.max_num_seqs)
         if floods:
             others = [seq for seq in self._running if seq.tenant not in floods]
             first = self._waiting.first(but=floods)
@@ -284,7 +284,7 @@ class Scheduler:
         if self._num_guarded == 0:
             return None
         self._num_guarded -= 1
-        floods = self._service.floods(1)
+        floods = self._service.floods(1, self.max_num_seqs)
         num_tokens = GUARDED_SHARE * self._flood_tokens()
         return FloodLimit(floods, self._urgency, num_tokens) if floods else None
 

@@ -304,7 +304,7 @@ def test_a_flood_has_few_tokens_of_the_others_steps_and_for_a_while_of_its_own()
 
 
 def test_prompts_of_a_flood_come_in_parts_too():
-    engine = Engine(max_num_seqs=64, flood_tokens=lambda: 3)
+    engine = Engine(max_num_seqs=8, flood_tokens=lambda: 3)
     engine.add("light", max_tokens=50)
     flood = [engine.add("flood", prompt=8, max_tokens=2) for _ in range(FLOOD + 1)]
     assert counts(engine.step()) == {"light": 4, "flood": 3}
@@ -323,6 +323,11 @@ def test_a_step_without_floods_has_no_limit():
         for _ in range(number):
             engine.add(tenant)
     assert counts(engine.step()) == {"a": 8, "b": 8 * FLOOD, None: 12}
+    popular = Engine(max_num_seqs=64, flood_tokens=lambda: 0)
+    for tenant, number in [("a", 32), ("b", 1)]:  # half the places, of two tenants
+        for _ in range(number):
+            popular.add(tenant)
+    assert counts(popular.step()) == {"a": 128, "b": 4}
     alone = Engine(max_num_seqs=64, flood_tokens=lambda: 0)
     for _ in range(30):
         alone.add("a")
@@ -330,7 +335,7 @@ def test_a_step_without_floods_has_no_limit():
 
 
 def test_each_of_several_floods_has_as_much_as_who_sends_least():
-    engine = Engine(max_num_seqs=64, flood_tokens=lambda: 0)
+    engine = Engine(max_num_seqs=48, flood_tokens=lambda: 0)
     for tenant, number in [("a", 20), ("b", 20), ("light", 2)]:
         for _ in range(number):
             engine.add(tenant, prompt=1, max_tokens=30)
@@ -343,7 +348,7 @@ def test_each_of_several_floods_has_as_much_as_who_sends_least():
 
 
 def test_a_flood_is_not_held_back_for_the_less_urgent():
-    engine = Engine(max_num_seqs=64, flood_tokens=lambda: 2)
+    engine = Engine(max_num_seqs=16, flood_tokens=lambda: 2)
     for _ in range(10):
         engine.add("flood", prompt=1, max_tokens=20, priority=1)
     engine.add("patient", prompt=1, max_tokens=3, priority=2)
@@ -356,7 +361,7 @@ def test_a_flood_is_not_held_back_for_the_less_urgent():
 
 
 def test_a_flood_leaves_another_one_its_share_though_that_has_a_prompt():
-    engine = Engine(max_num_seqs=64, flood_tokens=lambda: 4)
+    engine = Engine(max_num_seqs=24, flood_tokens=lambda: 4)
     engine.add("light", prompt=1, max_tokens=100)
     for _ in range(10):
         engine.add("a", prompt=1, max_tokens=100)

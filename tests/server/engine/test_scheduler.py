@@ -227,7 +227,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(2, 12),
         block_size=st.integers(1, 4),
-        max_num_seqs=st.integers(1, 4),
+        max_num_seqs=st.sampled_from([1, 2, 3, 4, 24]),
         max_num_batched_tokens=st.integers(1, 12),
         caching=st.booleans(),
         pipelined=st.booleans(),
@@ -369,7 +369,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Those that flood have no more of the step than the limit or an equal share."""
         ready = Counter(seq.tenant for seq in self.live.values())
         fewest = min(ready.values(), default=0)
-        floods = {tenant for tenant, number in ready.items() if number > FLOOD * fewest}
+        share = self.scheduler.max_num_seqs / max(2, len(ready))
+        floods = {t for t, number in ready.items() if number > max(FLOOD * fewest, share)}
         others = [seq.priority for seq in self.live.values() if seq.tenant not in floods]
         if floods:
             held = [c for c in chunks if c.seq.tenant in floods and c.seq.priority >= min(others)]

@@ -123,7 +123,7 @@ def test_a_request_does_not_depend_on_how_it_was_run(served, family, temperature
 @pytest.mark.parametrize("pipelined", [False, True])
 def test_a_flood_that_is_held_back_gets_the_same_tokens(served, pipelined):
     base, root = served("llama")
-    config = EngineConfig(base=str(base), adapters=str(root), max_slowdown=None, max_num_seqs=24)
+    config = EngineConfig(base=str(base), adapters=str(root), max_slowdown=None, max_num_seqs=16)
     names = ["lora"] * 12 + ["hidden", None]
     texts = prompts(len(names), seed=5)
     sampling = [

@@ -2,7 +2,7 @@
 
 A decode step's product waits for the bytes of its weights, whoever makes it; but cuBLAS' kernels
 for it take every multiprocessor's registers and shared memory whole, and what adapters do beside
-them waits for their end. This one takes a third of them, in as much time.
+them waits for their end. This one leaves half of the former, in as much time.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x: (…, n), contiguous. weight: (m, n). bias: (m,). Launches on one stream at a time.
     """
     tokens = x.view(-1, x.shape[-1])
-    if not fits(len(tokens), weight):
+    if not (_has_room(x.device, weight.itemsize) and fits(len(tokens), weight)):
         return F.linear(x, weight, bias)
     return multiply(tokens, weight, bias).view(*x.shape[:-1], len(weight))
 
@@ -99,7 +99,6 @@ def fits(num_tokens: int, weight: Tensor) -> bool:
         num_tokens <= MAX_TOKENS
         and type(weight.data) is Tensor
         and weight.is_floating_point()
-        and weight.itemsize > 1
         and weight.is_contiguous()
         and m % _COLUMNS == 0
         and m // _COLUMNS <= _MAX_TILES
@@ -157,6 +156,16 @@ def _splits(n: int, m: int, processors: int) -> int:
     while m // _COLUMNS * splits * 4 < processors * 3 and n >= 8 * splits * _DEPTH:
         splits *= 2
     return splits
+
+
+@cache
+def _has_room(device: torch.device, itemsize: int) -> bool:
+    """Whether a multiprocessor has the shared memory for a program, up to 192 KiB of 16-bit values:
+    an H100 and what came after it for data centres.
+    """
+    if device.type != "cuda":
+        return True
+    return itemsize == 2 and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @cache

@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 CACHE_SHARES = {"cpu": 0.5, "cuda": 0.85}
 """The share of the memory left by the weights and the adapters that the KV cache may take where
 `kv_cache_memory` is not given. The rest is for activations, graphs and, on the CPU, others."""
-_STEPS_SHARE = 0.5
+_STEPS_SHARE = 0.4
 """The share of a slowdown that a flood's tokens may make up by their number. The rest is for what
 that does not tell: long contexts, and the step under way when a request comes."""
 _LOADING_SECONDS = 0.005

@@ -25,7 +25,7 @@ FLOOD = 4
 GUARDED_STEPS = 64
 """For how many steps after the others have left a flood is still limited, as they will be back: who
 comes waits for the step under way."""
-GUARDED_SHARE = 6
+GUARDED_SHARE = 3
 """How many times as many tokens it may have meanwhile."""
 
 _arrival = attrgetter("arrival")

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from malora.kernels.resident import Group, ResidentAdapter, ResidentAdapters
@@ -23,6 +25,18 @@ class Run:
     start: int
     stop: int
     adapter: ResidentAdapter
+
+
+def by_reader(runs: Sequence[Run]) -> list[dict[ResidentAdapter, NDArray[np.int64]]]:
+    """The tokens of each adapter, together with those of adapters that read their inputs alike."""
+    readers: dict[object, dict[ResidentAdapter, list[NDArray[np.int64]]]] = {}
+    for run in runs:
+        adapters = readers.setdefault(run.adapter.projection_key, {})
+        adapters.setdefault(run.adapter, []).append(np.arange(run.start, run.stop))
+    return [
+        {adapter: np.concatenate(parts) for adapter, parts in adapters.items()}
+        for adapters in readers.values()
+    ]
 
 
 class Routing:

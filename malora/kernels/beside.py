@@ -1,8 +1,8 @@
 """What adapters add to a small batch's base products, made beside them by one kernel a group.
 
-The kernel's programs come in three kinds, and wait for one another in that order. `_project`'s read
-a block of a basis' or a router's rows, for the tokens that share them. `_route`'s turn one token's
-products into gates and weighted expert coordinates, once all its blocks have come. `_expand`'s set
+The kernel's programs come in three kinds, and wait for one another in that order. `_project_…`s read
+a block of a basis' or a router's rows, for the tokens that share them. `_route`s turn one token's
+products into gates and weighted expert coordinates, once all its blocks have come. `_expand_…`s set
 some outputs, of one token or of the tokens of one adapter, once those are routed. A program waits
 for programs of a lower number alone, and a GPU starts programs in the order of their numbers: so
 somebody always goes on. All need the group's input alone, and none the base product: it is made
@@ -15,6 +15,7 @@ every mix of adapters; programs beyond the mix's work end at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from malora.kernels import product
-from malora.kernels.batched import BaseProduct, Routing, Run
+from malora.kernels.batched import BaseProduct, Routing, Run, by_reader
 from malora.kernels.headers import (
     BASIS,
     BASIS_DIM,
@@ -39,7 +40,9 @@ from malora.kernels.headers import (
     aligned,
     alignment,
     header_row,
+    num_tiles,
     side_stream,
+    site_tile,
     site_widths,
 )
 from malora.kernels.resident import Group, ResidentAdapter, ResidentAdapters
@@ -262,25 +265,6 @@ def _route(
 
 
 @triton.jit
-def _tile(tile, width_0, width_1, width_2, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
-    """A tile's site, its first column there, the site's first column of all, and its width."""
-    tiles_0 = tl.cdiv(width_0, COLUMNS)
-    tiles_1 = tl.cdiv(width_1, COLUMNS)
-    site = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
-    first = tl.where(site == 0, 0, tl.where(site == 1, tiles_0, tiles_0 + tiles_1))
-    start = tl.where(site == 0, 0, tl.where(site == 1, width_0, width_0 + width_1))
-    width = tl.where(site == 0, width_0, tl.where(site == 1, width_1, width_2))
-    # Multiples of what one load takes, so that every row is aligned as the first.
-    offset = tl.multiple_of((tile - first) * COLUMNS, VECTOR)
-    return site, offset, tl.multiple_of(start, VECTOR), tl.multiple_of(width, VECTOR)
-
-
-@triton.jit
-def _tiles(width_0, width_1, width_2, COLUMNS: tl.constexpr):
-    return tl.cdiv(width_0, COLUMNS) + tl.cdiv(width_1, COLUMNS) + tl.cdiv(width_2, COLUMNS)
-
-
-@triton.jit
 def _expand_alone(
     delta, c, numbers, ready, row, token, site, offset, start, width, num_sites, chunks, c_width,
     out_width,
@@ -436,8 +420,8 @@ def add_beside(
     vector: tl.constexpr = ALIGNMENT * 8 // delta.dtype.element_ty.primitive_bitwidth
     parts = tl.cdiv(n, PART)
     shared_parts = tl.cdiv(n, SHARED_PART)
-    tiles = _tiles(width_0, width_1, width_2, COLUMNS)
-    shared_tiles = _tiles(width_0, width_1, width_2, SHARED_COLUMNS)
+    tiles = num_tiles(width_0, width_1, width_2, COLUMNS)
+    shared_tiles = num_tiles(width_0, width_1, width_2, SHARED_COLUMNS)
     # Where each kind of program ends.
     reads = alone_blocks * num_sites * parts
     shared_reads = reads + shared_blocks * num_sites * shared_parts
@@ -496,7 +480,7 @@ def add_beside(
     elif program < expands:
         alone_add = (program - routes) // tiles
         alone_header = tl.load(rows + ADD_HEADER * num_tokens + alone_add)
-        site, offset, start, width = _tile(
+        site, offset, start, width = site_tile(
             (program - routes) % tiles, width_0, width_1, width_2, COLUMNS, vector
         )
         _expand_alone(
@@ -509,7 +493,7 @@ def add_beside(
     elif program < shared_expands:
         add = alone_adds + (program - expands) // shared_tiles
         header = tl.load(rows + ADD_HEADER * num_tokens + add)
-        to_site, to_offset, to_start, to_width = _tile(
+        to_site, to_offset, to_start, to_width = site_tile(
             (program - expands) % shared_tiles, width_0, width_1, width_2, SHARED_COLUMNS, vector
         )
         _expand_shared(
@@ -539,9 +523,10 @@ _COLUMNS = 1024
 _SHARED_COLUMNS = 128
 """Columns of up-projections that a program adds for one token, and for several."""
 _CHUNK = 64
-"""Products and weights lie in whole chunks."""
+"""Products and weights lie in whole chunks, of several times _ROUTE_ROWS."""
 
 
+@cache
 def constants(n: int, num_experts: int, count: bool, alignment: int) -> dict[str, int | bool]:
     """What the kernel is compiled for."""
     return {
@@ -567,6 +552,20 @@ def _shared_part(n: int) -> int:
     return _SHARED_PART if n <= _MOST_PARTS * _SHARED_PART else 2 * _SHARED_PART
 
 
+@cache
+def _divisions(group: Group) -> tuple[int, int, int, int]:
+    """Of the group's inputs into parts, for one token and for several, and of its outputs into
+    tiles, likewise.
+    """
+    n = group.in_features
+    tiles, shared_tiles = (
+        sum(triton.cdiv(width, columns) for width in site_widths(group))
+        for columns in (_COLUMNS, _SHARED_COLUMNS)
+    )
+    return triton.cdiv(n, _PART), triton.cdiv(n, _shared_part(n)), tiles, shared_tiles
+
+
+@cache
 def _max_parts(n: int) -> int:
     return max(triton.cdiv(n, _PART), triton.cdiv(n, _shared_part(n)))
 
@@ -639,7 +638,7 @@ class SmallBatchPlan:
         h, c, numbers = self._buffers(x, _max_parts(n), sites)
         widths = site_widths(group)
         taken = None if self.routing is None else self.routing.gates[:, group.layer]
-        add_beside[(self._num_programs(group, triton.cdiv(c.shape[-1], _ROUTE_ROWS)),)](
+        add_beside[(self._num_programs(group, c.shape[-1] // _ROUTE_ROWS),)](
             x,
             delta,
             h,
@@ -666,21 +665,17 @@ class SmallBatchPlan:
         )
 
     def _num_programs(self, group: Group, chunks: int) -> int:
-        n, sites = group.in_features, len(group.sites)
-        parts, shared_parts = triton.cdiv(n, _PART), triton.cdiv(n, _shared_part(n))
-        tiles, shared_tiles = (
-            sum(triton.cdiv(width, columns) for width in site_widths(group))
-            for columns in (_COLUMNS, _SHARED_COLUMNS)
-        )
+        sites = len(group.sites)
+        parts, shared_parts, tiles, shared_tiles = _divisions(group)
         if not self._any_mix:
             blocks, shared_blocks, routed, adds, shared_adds = self._totals
             reads = (blocks * parts + shared_blocks * shared_parts) * sites
             return reads + routed * sites * chunks + adds * tiles + shared_adds * shared_tiles
         # What is shared has _TOGETHER tokens or more, but for one item of tokens without adapter.
         return (
-            self._max_blocks * sites * max(parts, triton.cdiv(shared_parts, _TOGETHER))
+            self._max_blocks * sites * max(parts, -(-shared_parts // _TOGETHER))
             + self.num_tokens * sites * chunks
-            + self.num_tokens * max(tiles, triton.cdiv(shared_tiles, _TOGETHER))
+            + self.num_tokens * max(tiles, -(-shared_tiles // _TOGETHER))
             + shared_tiles
         )
 
@@ -707,15 +702,7 @@ class SmallBatchPlan:
 
 def _num_blocks(adapter: ResidentAdapter) -> int:
     """Blocks of rows to read of the largest of its linears."""
-    return max(
-        triton.cdiv(x.basis_dim, _READ_ROWS)
-        + (
-            triton.cdiv(x.num_experts, _READ_ROWS)
-            if x.has_router and x.router_input == "hidden"
-            else 0
-        )
-        for x in adapter.packed.linears
-    )
+    return max(-(-d // _READ_ROWS) - (-routed // _READ_ROWS) for d, routed in adapter.reads)
 
 
 def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray[np.int64]:
@@ -725,29 +712,21 @@ def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray
     some of them that read the same, an add some of one adapter, or without any: its start in that
     order, its count, its first token, and the header of its adapter, or of one of them.
     """
-    readers: dict[object, dict[ResidentAdapter, list[NDArray[np.int64]]]] = {}
     table = np.zeros(
         NUM_TOTALS.value + NUM_ROWS.value * num_tokens + NUM_BLOCK_ROWS.value * max_blocks, np.int64
     )
     rows = table[NUM_TOTALS.value :][: NUM_ROWS.value * num_tokens].reshape(-1, num_tokens)
-    bare = np.ones(num_tokens, bool)
-    for run in runs:
-        bare[run.start : run.stop] = False
-        adapters = readers.setdefault(run.adapter.projection_key, {})
-        adapters.setdefault(run.adapter, []).append(np.arange(run.start, run.stop))
     order = rows[ORDER.value]
     # Of one token each, and of several.
     blocks: tuple[list[tuple[int, ...]], ...] = ([], [])
     adds: tuple[list[tuple[int, ...]], ...] = ([], [])
     num_reads = position = 0
     shared_adds: list[tuple[int, int]] = []
-    for adapters in readers.values():
+    for adapters in by_reader(runs):
         first = position
-        for adapter, parts in adapters.items():
-            begin = position
-            for tokens in parts:
-                order[position : position + len(tokens)] = tokens
-                position += len(tokens)
+        for adapter, tokens in adapters.items():
+            begin, position = position, position + len(tokens)
+            order[begin:position] = tokens
             header = adapter.headers.data_ptr()
             rows[ROUTE_HEADER.value, begin:position] = header
             for start, count in _pieces(begin, position):
@@ -770,7 +749,7 @@ def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray
             num_reads += 1
     for start, count in shared_adds:  # which come after all that are alone
         rows[ROUTE_ADD.value, start : start + count] += len(adds[0])
-    order[position:] = np.flatnonzero(bare)
+    order[position:] = np.setdiff1d(np.arange(num_tokens), order[:position], assume_unique=True)
     for start in range(position, num_tokens, _TOKENS):
         adds[1].append((0, start, min(_TOKENS, num_tokens - start), order[start]))
     table[: NUM_TOTALS.value - 1] = *map(len, blocks), position, *map(len, adds)

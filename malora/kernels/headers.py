@@ -1,4 +1,4 @@
-"""What the GPU's kernels know of adapters: headers, read in device memory.
+"""What the GPU's kernels share: headers, read in device memory, and how outputs are divided.
 
 Addresses from a header carry no alignment, and loads through them would be two bytes at a time;
 `ResidentAdapters` aligns what it stores, and the kernels are told so.
@@ -33,6 +33,26 @@ def header_row(header, site):
 def aligned(address, dtype: tl.constexpr, ALIGNMENT: tl.constexpr):
     """A pointer to elements. The compiler heeds an alignment that is said of a pointer alone."""
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), ALIGNMENT)
+
+
+@triton.jit
+def site_tile(tile, width_0, width_1, width_2, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile's site, its first column there, the site's first column of all, and its width."""
+    tiles_0 = tl.cdiv(width_0, COLUMNS)
+    tiles_1 = tl.cdiv(width_1, COLUMNS)
+    site = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
+    first = tl.where(site == 0, 0, tl.where(site == 1, tiles_0, tiles_0 + tiles_1))
+    start = tl.where(site == 0, 0, tl.where(site == 1, width_0, width_0 + width_1))
+    width = tl.where(site == 0, width_0, tl.where(site == 1, width_1, width_2))
+    # Multiples of what one load takes, so that every row is aligned as the first.
+    offset = tl.multiple_of((tile - first) * COLUMNS, VECTOR)
+    return site, offset, tl.multiple_of(start, VECTOR), tl.multiple_of(width, VECTOR)
+
+
+@triton.jit
+def num_tiles(width_0, width_1, width_2, COLUMNS: tl.constexpr):
+    """How many tiles a group's outputs are, no tile of two sites."""
+    return tl.cdiv(width_0, COLUMNS) + tl.cdiv(width_1, COLUMNS) + tl.cdiv(width_2, COLUMNS)
 
 
 @cache

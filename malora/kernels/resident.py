@@ -81,6 +81,18 @@ class ResidentAdapter:
         return max(x.num_experts / x.top_k for x in self.packed.linears)
 
     @cached_property
+    def reads(self) -> tuple[tuple[int, int], ...]:
+        """The rows of a basis, and of a router that reads the input, of its linears: each pair of
+        sizes that there is, once.
+        """
+        return tuple(
+            {
+                (x.basis_dim, x.num_experts * (x.has_router and x.router_input == "hidden"))
+                for x in self.packed.linears
+            }
+        )
+
+    @cached_property
     def projection_key(self) -> str | ResidentAdapter:
         """Equal for adapters whose reads of a linear's input are one: their basis, no router."""
         if any(x.has_router and x.router_input == "hidden" for x in self.packed.linears):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from malora.kernels import beside
-from malora.kernels.batched import BaseProduct, Routing, Run
+from malora.kernels.batched import BaseProduct, Routing, Run, by_reader
 from malora.kernels.headers import (
     BASIS,
     BASIS_DIM,
@@ -38,9 +38,10 @@ from malora.kernels.headers import (
     alignment,
     header_row,
     side_stream,
+    site_tile,
     site_widths,
 )
-from malora.kernels.resident import Group, ResidentAdapter, ResidentAdapters
+from malora.kernels.resident import Group, ResidentAdapters
 
 # The rows of a plan's table, each as long as the batch.
 ORDER, READ_START, READ_COUNT, READ_HEADER, ADD_START, ADD_COUNT, ADD_HEADER = (
@@ -255,17 +256,7 @@ def _expand(
     item = tl.program_id(1)
     dtype: tl.constexpr = out.dtype.element_ty
     vector: tl.constexpr = ALIGNMENT * 8 // dtype.primitive_bitwidth
-    tiles_0 = tl.cdiv(width_0, COLUMNS)
-    tiles_1 = tl.cdiv(width_1, COLUMNS)
-    site = (tile >= tiles_0).to(tl.int32) + (tile >= tiles_0 + tiles_1).to(tl.int32)
-    # The site's first tile, first column of `out`, and width.
-    tile_0 = tl.where(site == 0, 0, tl.where(site == 1, tiles_0, tiles_0 + tiles_1))
-    start = tl.where(site == 0, 0, tl.where(site == 1, width_0, width_0 + width_1))
-    width = tl.where(site == 0, width_0, tl.where(site == 1, width_1, width_2))
-    # Multiples of what one load takes, so that every row is aligned as the first.
-    start = tl.multiple_of(start, vector)
-    width = tl.multiple_of(width, vector)
-    offset = tl.multiple_of((tile - tile_0) * COLUMNS, vector)
+    site, offset, start, width = site_tile(tile, width_0, width_1, width_2, COLUMNS, vector)
     header = tl.load(table + ADD_HEADER * num_tokens + item)
     row = header_row(header, first_site + site)
     if tl.load(row + BASIS) == 0:
@@ -459,21 +450,15 @@ def batch_table(runs: Sequence[Run], num_tokens: int) -> NDArray[np.int64]:
     same (READ) or are of one adapter (ADD): its start in that order, its count, and the header of
     its adapter, or of one of them. A header of 0 means none.
     """
-    readers: dict[object, dict[ResidentAdapter, list[NDArray[np.int64]]]] = {}
     table = np.zeros((_TABLE_ROWS, num_tokens), np.int64)
-    for run in runs:
-        adapters = readers.setdefault(run.adapter.projection_key, {})
-        adapters.setdefault(run.adapter, []).append(np.arange(run.start, run.stop))
     position = 0
     reads: list[tuple[int, int, int]] = []
     adds: list[tuple[int, int, int]] = []
-    for adapters in readers.values():
+    for adapters in by_reader(runs):
         first = position
-        for adapter, parts in adapters.items():
-            begin = position
-            for tokens in parts:
-                table[ORDER.value, position : position + len(tokens)] = tokens
-                position += len(tokens)
+        for adapter, tokens in adapters.items():
+            begin, position = position, position + len(tokens)
+            table[ORDER.value, begin:position] = tokens
             header = adapter.headers.data_ptr()
             adds += _items(begin, position, header)
         reads += _items(first, position, header)

@@ -9,7 +9,7 @@ _REMEMBERED = 15
 _ENOUGH = 3
 """Fewer steps of a size tell nothing: the first ones compile kernels."""
 _FIXED_TOKENS = 64.0
-"""Before steps of two sizes are known; between a CPU's 20 and a GPU's 200."""
+"""A guess, before steps of two sizes are known."""
 _MOST_FIXED_TOKENS = 1e6
 
 

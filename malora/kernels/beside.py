@@ -1,31 +1,22 @@
 """What adapters add to a small batch's base products, made beside them by one kernel a group.
 
-The kernel's programs come in three kinds, and wait for one another in that order. `_project_…`s read
-a block of a basis' or a router's rows, for the tokens that share them. `_route`s turn one token's
-products into gates and weighted expert coordinates, once all its blocks have come. `_expand_…`s set
-some outputs, of one token or of the tokens of one adapter, once those are routed. A program waits
-for programs of a lower number alone, and a GPU starts programs in the order of their numbers: so
-somebody always goes on. All need the group's input alone, and none the base product: it is made
-meanwhile, and the two are added by whoever reads them.
+The kernel's programs are of three kinds, which wait for one another in that order. Those that
+project read a block of a basis' or a router's rows, for the tokens that share them. Those that
+route turn a token's products into gates and weighted expert coordinates, once all its blocks have
+come. Those that expand set some outputs, of one token or of tokens of one adapter, once these are
+routed. A program waits for programs of a lower number alone, and a GPU starts programs in the order
+of their numbers: so somebody always goes on. All need the group's input alone, and none the base
+product: it is made meanwhile, and the two are added by whoever reads them.
 
-Which program does what lies in a table in device memory, so that a captured graph stays right for
-every mix of adapters; programs beyond the mix's work end at once.
+Which program does what lies in a table in device memory (`small_batch.py`), so that a captured
+graph stays right for every mix of adapters; programs beyond the mix's work end at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-
-import numpy as np
-import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
-from torch import Tensor
 
-from malora.kernels import product
-from malora.kernels.batched import BaseProduct, Routing, Run, by_reader
 from malora.kernels.headers import (
     BASIS,
     BASIS_DIM,
@@ -38,14 +29,10 @@ from malora.kernels.headers import (
     TOP_K,
     UP,
     aligned,
-    alignment,
     header_row,
     num_tiles,
-    side_stream,
     site_tile,
-    site_widths,
 )
-from malora.kernels.resident import Group, ResidentAdapter, ResidentAdapters
 
 # A table's first numbers: how many blocks are read and adds made, for one token and for several
 # together, and how many tokens are routed.
@@ -503,270 +490,3 @@ def add_beside(
             tl.load(rows + ADD_COUNT * num_tokens + add), to_site, to_offset, to_start, to_width,
             num_sites, chunks, c_width, out_width, TOKENS, SHARED_ROWS, SHARED_COLUMNS, ALIGNMENT,
         )  # fmt: skip
-
-
-MAX_TOKENS = 512
-"""Beyond that, adapters have many tokens each, and their bytes no longer count."""
-_TOKENS = 16
-"""Of those that share what is read: what a program takes together."""
-_TOGETHER = 4
-"""From this many on, they are cheaper together than each alone."""
-_READ_ROWS = 16
-_PART = 1024
-"""Rows and columns of a basis that a program reads for one token."""
-_SHARED_PART = 256
-"""Columns for several; twice as many where there would be more parts than this."""
-_MOST_PARTS = 32
-_ROUTE_ROWS = 16
-"""Rows of up-projections that a program weighs."""
-_COLUMNS = 1024
-_SHARED_COLUMNS = 128
-"""Columns of up-projections that a program adds for one token, and for several."""
-_CHUNK = 64
-"""Products and weights lie in whole chunks, of several times _ROUTE_ROWS."""
-
-
-@cache
-def constants(n: int, num_experts: int, count: bool, alignment: int) -> dict[str, int | bool]:
-    """What the kernel is compiled for."""
-    return {
-        "TOKENS": _TOKENS,
-        "READ_ROWS": _READ_ROWS,
-        "PART": _PART,
-        "SHARED_PART": _shared_part(n),
-        "SHARED_STEP": _SHARED_PART,
-        "PARTS": triton.next_power_of_2(_max_parts(n)),
-        "EXPERTS": triton.next_power_of_2(num_experts),
-        "ROUTE_ROWS": _ROUTE_ROWS,
-        "DIMS": 64,
-        "ADD_ROWS": 16,
-        "COLUMNS": _COLUMNS,
-        "SHARED_ROWS": 32,
-        "SHARED_COLUMNS": _SHARED_COLUMNS,
-        "COUNT": count,
-        "ALIGNMENT": alignment,
-    }
-
-
-def _shared_part(n: int) -> int:
-    return _SHARED_PART if n <= _MOST_PARTS * _SHARED_PART else 2 * _SHARED_PART
-
-
-@cache
-def _divisions(group: Group) -> tuple[int, int, int, int]:
-    """Of the group's inputs into parts, for one token and for several, and of its outputs into
-    tiles, likewise.
-    """
-    n = group.in_features
-    tiles, shared_tiles = (
-        sum(triton.cdiv(width, columns) for width in site_widths(group))
-        for columns in (_COLUMNS, _SHARED_COLUMNS)
-    )
-    return triton.cdiv(n, _PART), triton.cdiv(n, _shared_part(n)), tiles, shared_tiles
-
-
-@cache
-def _max_parts(n: int) -> int:
-    return max(triton.cdiv(n, _PART), triton.cdiv(n, _shared_part(n)))
-
-
-class SmallBatchPlan:
-    """The adapters of up to MAX_TOKENS tokens, made beside the base products.
-
-    A plan may be loaded again with another mix of as many tokens; one for any mix, also after its
-    kernels were captured in a graph.
-    """
-
-    separate = True
-
-    def __init__(self, num_tokens: int, adapters: ResidentAdapters, any_mix: bool = False) -> None:
-        """any_mix: launch as many programs as any mix may need, not just the one loaded."""
-        self.routing: Routing | None = None
-        self.num_tokens = num_tokens
-        self._any_mix = any_mix
-        self._totals: list[int] = []
-        device = adapters.device
-        self._sizes = adapters.sizes
-        self._max_blocks = num_tokens * (
-            triton.cdiv(self._sizes.basis_dim, _READ_ROWS)
-            + triton.cdiv(self._sizes.num_experts, _READ_ROWS)
-        )
-        length = (
-            NUM_TOTALS.value + NUM_ROWS.value * num_tokens + NUM_BLOCK_ROWS.value * self._max_blocks
-        )
-        self._table = torch.zeros(length, dtype=torch.int64, device=device)
-        self._counters = torch.zeros(
-            (len(adapters.paths), 2, num_tokens), dtype=torch.int32, device=device
-        )
-        self._dtype = adapters.dtype
-        self._scratch: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self._stream = side_stream(device) if device.type == "cuda" else None
-
-    def load(self, runs: Sequence[Run]) -> None:
-        """Set which tokens are whose."""
-        table = plan_table(runs, self.num_tokens, self._max_blocks)
-        self._totals = table[: NUM_TOTALS.value - 1].tolist()
-        host = torch.from_numpy(table)
-        if self._stream is not None:
-            host = host.pin_memory()
-        self._table.copy_(host, non_blocking=True)
-
-    def start(self) -> None:
-        """Forget what arrived in the last step."""
-        self._counters.zero_()
-
-    def apply(self, x: Tensor, group: Group, base: BaseProduct) -> tuple[Tensor, Tensor]:
-        """The base product, and what adapters add to it, zeros for tokens without any.
-
-        x: (T, n), contiguous, of the adapters' dtype. Both (T, m).
-        """
-        delta = torch.empty((len(x), sum(site_widths(group))), dtype=x.dtype, device=x.device)
-        if self._stream is None:
-            self._add(x, delta, group)
-            return base(product.linear), delta
-        self._stream.wait_stream(torch.cuda.current_stream())
-        # The product first: programs of a launch wait until all of the one before have begun, and
-        # its are few, and leave room.
-        out = base(product.linear)
-        with torch.cuda.stream(self._stream):
-            self._add(x, delta, group)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return out, delta
-
-    def _add(self, x: Tensor, delta: Tensor, group: Group) -> None:
-        n, sites, tokens = x.shape[1], len(group.sites), self.num_tokens
-        h, c, numbers = self._buffers(x, _max_parts(n), sites)
-        widths = site_widths(group)
-        taken = None if self.routing is None else self.routing.gates[:, group.layer]
-        add_beside[(self._num_programs(group, c.shape[-1] // _ROUTE_ROWS),)](
-            x,
-            delta,
-            h,
-            c,
-            numbers,
-            self._table,
-            self._counters,
-            h if taken is None else taken,
-            group.first_site,
-            n,
-            tokens,
-            sites,
-            self._max_blocks,
-            h.shape[-1],
-            c.shape[-1],
-            0 if taken is None else taken.stride(0),
-            delta.shape[1],
-            *widths,
-            **constants(
-                n, self._sizes.num_experts, taken is not None, alignment(group, x.itemsize)
-            ),
-            num_warps=4,
-            num_stages=1,
-        )
-
-    def _num_programs(self, group: Group, chunks: int) -> int:
-        sites = len(group.sites)
-        parts, shared_parts, tiles, shared_tiles = _divisions(group)
-        if not self._any_mix:
-            blocks, shared_blocks, routed, adds, shared_adds = self._totals
-            reads = (blocks * parts + shared_blocks * shared_parts) * sites
-            return reads + routed * sites * chunks + adds * tiles + shared_adds * shared_tiles
-        # What is shared has _TOGETHER tokens or more, but for one item of tokens without adapter.
-        return (
-            self._max_blocks * sites * max(parts, -(-shared_parts // _TOGETHER))
-            + self.num_tokens * sites * chunks
-            + self.num_tokens * max(tiles, -(-shared_tiles // _TOGETHER))
-            + shared_tiles
-        )
-
-    def _buffers(self, x: Tensor, parts: int, sites: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What programs hand on, for S sites.
-
-        (parts, T, S, reads) float32, products with the input; (T, S, rows), weights of the
-        up-projections' rows, in the adapters' dtype; the same int32, which rows those are, where
-        the token is alone.
-        """
-        if (parts, sites) not in self._scratch:
-            reads, rows = (
-                -(-n // _CHUNK) * _CHUNK
-                for n in (self._sizes.basis_dim + self._sizes.num_experts, self._sizes.rows)
-            )
-            tokens, device = self.num_tokens, x.device
-            self._scratch[parts, sites] = (
-                torch.empty((parts, tokens, sites, reads), dtype=torch.float32, device=device),
-                torch.empty((tokens, sites, rows), dtype=self._dtype, device=device),
-                torch.empty((tokens, sites, rows), dtype=torch.int32, device=device),
-            )
-        return self._scratch[parts, sites]
-
-
-def _num_blocks(adapter: ResidentAdapter) -> int:
-    """Blocks of rows to read of the largest of its linears."""
-    return max(-(-d // _READ_ROWS) - (-routed // _READ_ROWS) for d, routed in adapter.reads)
-
-
-def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray[np.int64]:
-    """A plan's table: its totals, its rows of `num_tokens`, and those of `max_blocks`.
-
-    Tokens are ordered by what they read, then by adapter; those without one come last. A read is
-    some of them that read the same, an add some of one adapter, or without any: its start in that
-    order, its count, its first token, and the header of its adapter, or of one of them.
-    """
-    table = np.zeros(
-        NUM_TOTALS.value + NUM_ROWS.value * num_tokens + NUM_BLOCK_ROWS.value * max_blocks, np.int64
-    )
-    rows = table[NUM_TOTALS.value :][: NUM_ROWS.value * num_tokens].reshape(-1, num_tokens)
-    order = rows[ORDER.value]
-    # Of one token each, and of several.
-    blocks: tuple[list[tuple[int, ...]], ...] = ([], [])
-    adds: tuple[list[tuple[int, ...]], ...] = ([], [])
-    num_reads = position = 0
-    shared_adds: list[tuple[int, int]] = []
-    for adapters in by_reader(runs):
-        first = position
-        for adapter, tokens in adapters.items():
-            begin, position = position, position + len(tokens)
-            order[begin:position] = tokens
-            header = adapter.headers.data_ptr()
-            rows[ROUTE_HEADER.value, begin:position] = header
-            for start, count in _pieces(begin, position):
-                shares = count > 1
-                if shares:
-                    shared_adds.append((start, count))
-                rows[ROUTE_ALONE.value, start : start + count] = not shares
-                rows[ROUTE_ADD.value, start : start + count] = len(adds[shares])
-                adds[shares].append((header, start, count, order[start]))
-        num_blocks = _num_blocks(adapter)
-        rows[ROUTE_BLOCKS.value, first:position] = num_blocks
-        for start, count in _pieces(first, position):
-            shares = count > 1
-            rows[ROUTE_SHARES.value, start : start + count] = shares
-            rows[ROUTE_READ.value, start : start + count] = num_reads
-            blocks[shares].extend(
-                (header, start, count, order[start], num_reads, block)
-                for block in range(num_blocks)
-            )
-            num_reads += 1
-    for start, count in shared_adds:  # which come after all that are alone
-        rows[ROUTE_ADD.value, start : start + count] += len(adds[0])
-    order[position:] = np.setdiff1d(np.arange(num_tokens), order[:position], assume_unique=True)
-    for start in range(position, num_tokens, _TOKENS):
-        adds[1].append((0, start, min(_TOKENS, num_tokens - start), order[start]))
-    table[: NUM_TOTALS.value - 1] = *map(len, blocks), position, *map(len, adds)
-    _fill(rows[ADD_HEADER.value : ADD_TOKEN.value + 1], [*adds[0], *adds[1]])
-    _fill(
-        table[-NUM_BLOCK_ROWS.value * max_blocks :].reshape(-1, max_blocks),
-        [*blocks[0], *blocks[1]],
-    )
-    return table
-
-
-def _fill(rows: NDArray[np.int64], records: list[tuple[int, ...]]) -> None:
-    if records:
-        rows[:, : len(records)] = np.array(records, np.int64).T
-
-
-def _pieces(start: int, stop: int) -> list[tuple[int, int]]:
-    """The starts and counts of what is computed at once of [start, stop)."""
-    size = _TOKENS if stop - start >= _TOGETHER else 1
-    return [(i, min(size, stop - i)) for i in range(start, stop, size)]

@@ -4,7 +4,7 @@ Three kernels a group of linears. `_project` reads bases and routers: the produc
 of rows that several tokens share are made together, on the tensor cores. `_route` turns products
 into gates and weighted expert coordinates. These two need the input alone, and run on a stream of
 their own beside the base product. `_expand` then adds the experts' up-projections to it, for
-tokens of one adapter together. What few tokens take is in `beside.py`.
+tokens of one adapter together. What few tokens take is in `small_batch.py`.
 
 An adapter costs its own bytes at its own sizes: no padding, no slots, no copies.
 """
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from malora.kernels import beside
 from malora.kernels.batched import BaseProduct, Routing, Run, by_reader
 from malora.kernels.headers import (
     BASIS,
@@ -42,6 +41,7 @@ from malora.kernels.headers import (
     site_widths,
 )
 from malora.kernels.resident import Group, ResidentAdapters
+from malora.kernels.small_batch import MAX_TOKENS, SmallBatchPlan
 
 # The rows of a plan's table, each as long as the batch.
 ORDER, READ_START, READ_COUNT, READ_HEADER, ADD_START, ADD_COUNT, ADD_HEADER = (
@@ -434,13 +434,13 @@ class LargeBatchPlan:
         return self._scratch[parts, sites]
 
 
-GpuPlan = beside.SmallBatchPlan | LargeBatchPlan
+GpuPlan = SmallBatchPlan | LargeBatchPlan
 
 
 def gpu_plan(num_tokens: int, adapters: ResidentAdapters) -> GpuPlan:
     """The plan of a batch of so many tokens, not loaded yet."""
-    small = num_tokens <= beside.MAX_TOKENS
-    return (beside.SmallBatchPlan if small else LargeBatchPlan)(num_tokens, adapters)
+    small = num_tokens <= MAX_TOKENS
+    return (SmallBatchPlan if small else LargeBatchPlan)(num_tokens, adapters)
 
 
 def batch_table(runs: Sequence[Run], num_tokens: int) -> NDArray[np.int64]:

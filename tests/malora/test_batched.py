@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from malora.format import AdaptedLinear
 from malora.kernels import reference, triton
 from malora.kernels.batched import Routing, Run, plan_batch
-from malora.kernels.beside import SmallBatchPlan
 from malora.kernels.cpu import DENSE_TOKENS
 from malora.kernels.resident import Group, ResidentAdapters, Site
+from malora.kernels.small_batch import SmallBatchPlan
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,7 +16,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from malora.kernels import beside, product, triton as large
+from malora.kernels import beside, product, small_batch, triton as large
 
 ALIGNED = {"n", "m", "out_width", "width_0", "width_1", "width_2", "h_width", "c_width"}
 POINTERS = {
@@ -25,7 +25,7 @@ POINTERS = {
     "table": "*i64", "numbers": "*i32", "counters": "*i32",
 }
 KERNELS = {
-    "beside": (beside.add_beside, beside.constants(14336, 8, True, 16), 4),
+    "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16), 4),
     "product": (product._multiply, product.constants(64, 2, False, False), 4),
     "project": (large._project, dict(
         TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,

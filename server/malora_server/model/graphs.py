@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from malora.kernels.batched import Run
-from malora.kernels.beside import MAX_TOKENS, SmallBatchPlan
 from malora.kernels.resident import ResidentAdapters, Sizes
+from malora.kernels.small_batch import MAX_TOKENS, SmallBatchPlan
 from malora_server.model.attention import AttentionContext
 from malora_server.model.flash import FlashStep, Pages
 from malora_server.model.loader import LoadedModel

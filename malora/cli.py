@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -262,10 +262,35 @@ def convert(
     with _one_line_errors():
         from malora.convert import convert as run
 
-        if (out / "adapter_config.json").exists():
-            raise ValueError(f"{out} already holds an adapter: name another folder")
+        _refuse_to_replace(out)
         made = run(adapter, out)
     typer.echo(f"Wrote {out}: {len(made.linears)} linears, {made.num_parameters:,} parameters.")
+
+
+@app.command()
+def combine(
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FOLDER=WEIGHT",
+            help="Adapters of one expert (LoRA, or MALoRA with --experts 1), each with its weight "
+            "in the sum: adapters/sql=0.7 adapters/formal=0.3.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make: a LoRA.")],
+) -> None:
+    """Write the weighted sum of adapters as one LoRA, whose rank is the sum of theirs."""
+    with _one_line_errors():
+        from malora.combine import combine as run
+
+        weighted = [_weighted(part) for part in parts]
+        _refuse_to_replace(out)
+        made = run(weighted, out)
+    ranks = sorted({linear.r for linear in made.linears.values()})
+    typer.echo(
+        f"Wrote {out}: {len(made.linears)} linears of rank {', '.join(map(str, ranks))}, "
+        f"{made.num_parameters:,} parameters."
+    )
 
 
 @app.command()
@@ -353,6 +378,19 @@ def _embedded_base() -> Path:
     from malora.base_model import PATH
 
     return PATH
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} already holds an adapter: name another folder")
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    folder, _, weight = part.rpartition("=")
+    with suppress(ValueError):
+        if folder:
+            return folder, float(weight)
+    raise ValueError(f"{part} is not FOLDER=WEIGHT, as in adapters/sql=0.7")
 
 
 def _names(value: str | None) -> list[str] | None:

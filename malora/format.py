@@ -43,6 +43,7 @@ __all__ = [
     "load_adapter",
     "open_adapter",
     "save_adapter",
+    "write_adapter",
 ]
 
 MAX_RANK = 1024
@@ -216,24 +217,31 @@ def open_adapter(
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
-    """Write a MALORA folder that `load_adapter` and `PeftModel.from_pretrained` both read.
-
-    Makes the folder if need be. The weights are complete before they take their final name.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a MALORA folder that `load_adapter` and `PeftModel.from_pretrained` both read."""
     tensors = {
         f"{PEFT_PREFIX}{path}.{name}": tensor.detach().cpu().contiguous()
         for path, linear in adapter.linears.items()
         for name, tensor in linear.tensors().items()
     }
-    partial = folder / f".{WEIGHTS_NAME}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS_NAME)
     document = adapter.config.to_dict()
     document["basis_digest"] = basis_digest(
         {path: linear.basis for path, linear in adapter.linears.items()}
     )
+    write_adapter(folder, document, tensors)
+
+
+def write_adapter(
+    folder: str | os.PathLike[str], document: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write an adapter's two files, as PEFT names them.
+
+    Makes the folder if need be. The weights are complete before they take their final name.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS_NAME}.partial"
+    save_file(dict(tensors), partial, metadata={"format": "pt"})
+    partial.replace(folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 

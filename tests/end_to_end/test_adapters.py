@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import peft
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from malora import cli
 from malora.base_model import PATH as BASE
 from malora_client import (
     AsyncClient,
@@ -130,6 +135,38 @@ def test_a_broken_folder_is_served_once_it_is_mended(
     put_folder(adapters / "compact", root / "nan")
     assert complete(own, "nan").choices[0].text
     put_folder(adapters / "nan", root / "nan")
+
+
+def test_a_combination_says_what_pefts_weighted_sum_says(
+    own: Client, root: Path, tmp_path: Path
+) -> None:
+    """`malora combine` against transformers with PEFT's add_weighted_adapter, token by token."""
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    other = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["v_proj", "down_proj"])
+    torch.manual_seed(11)
+    model = peft.get_peft_model(base, other, adapter_name="other")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(root / "lora", adapter_name="first")
+    model.add_weighted_adapter(["first", "other"], [0.75, -0.5], "both", combination_type="cat")
+    model.set_adapter("both")
+    parts = [f"{root / 'lora'}=0.75", f"{tmp_path / 'other'}=-0.5"]
+    combined = CliRunner().invoke(cli.app, ["combine", *parts, "--out", str(tmp_path / "both")])
+    assert combined.exit_code == 0, combined.stderr
+    put_folder(tmp_path / "both", root / "combined")
+    reply = complete(own, "combined", max_tokens=24, logprobs=0)
+    ids = own.tokenize(prompt=PROMPT).tokens
+    with torch.no_grad():
+        for got in reply.choices[0].logprobs.token_logprobs:
+            logprobs = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            assert got == pytest.approx(float(logprobs.max()), abs=1e-4)
+            ids.append(int(logprobs.argmax()))
+    assert AutoTokenizer.from_pretrained(BASE).decode(ids[-24:]) == reply.choices[0].text
+    assert reply.choices[0].text != text(own, "lora", max_tokens=24)
+    shutil.rmtree(root / "combined")
 
 
 async def test_replacing_under_load_is_atomic_and_nothing_is_stale(

@@ -107,6 +107,26 @@ def test_convert(tiny_base: Path, tmp_path: Path, data: Path) -> None:
     assert "already holds an adapter" in again.stderr
 
 
+def test_combine(tiny_base: Path, tmp_path: Path, data: Path) -> None:
+    one = ("--base", tiny_base, "--max-steps", 1, "--experts", 1, "--top-k", 1, "--basis-dim", 8)
+    for name, rank in [("a", 2), ("b=b", 3)]:
+        out = tmp_path / name
+        assert invoke("train", *one, "-r", rank, "--data", f"t={data}", "--out", out).exit_code == 0
+    parts = (f"{tmp_path}/a=0.5", f"{tmp_path}/b=b=-1e-1")
+    result = invoke("combine", *parts, "--out", tmp_path / "both")
+    assert result.exit_code == 0, result.stderr
+    assert "14 linears of rank 5," in result.stdout
+    config = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["rank_pattern"]) == ("LORA", 5, {})
+    scores = invoke(
+        "evaluate", "--base", tiny_base, "--adapter", tmp_path / "both", "--data", f"t={data}"
+    )
+    assert scores.exit_code == 0, scores.stderr
+    again = invoke("combine", *parts, "--out", tmp_path / "both")
+    assert again.exit_code == 2
+    assert "already holds an adapter" in again.stderr
+
+
 def test_errors_are_one_line_and_exit_2(tiny_base: Path, tmp_path: Path, data: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
@@ -125,6 +145,11 @@ def test_errors_are_one_line_and_exit_2(tiny_base: Path, tmp_path: Path, data: P
         (("evaluate", *base, *good, "--adapter", tmp_path / "gone"), "no adapter folder"),
         (("evaluate", *base, "--data", f"t={bad}"), "bad.jsonl:2"),
         (("convert", tmp_path / "gone", tmp_path / "out"), "no adapter folder"),
+        (("combine", *out, tmp_path / "gone"), "is not FOLDER=WEIGHT"),
+        (("combine", *out, "=0.5"), "is not FOLDER=WEIGHT"),
+        (("combine", *out, f"{tmp_path}/gone=half"), "is not FOLDER=WEIGHT"),
+        (("combine", *out, f"{tmp_path}/gone=0.5"), "no adapter folder"),
+        (("combine", *out, f"{tmp_path}/gone=inf"), "must be a finite number"),
         (("basis", *base, *out, "--adapter", tmp_path), "not both"),
         (("basis", *base, "--out", data), "already exists"),
         (("basis", *base, *out, "--basis-dim", 49), "1 to 48 rows, not 49"),

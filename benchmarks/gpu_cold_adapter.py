@@ -27,8 +27,8 @@ from rich.table import Table
 from typer import Option
 
 from benchmarks import models
-from malora.files import threaded_map
-from malora.format import Adapter, _interpret, open_adapter
+from malora.files import allocate, threaded_map
+from malora.format import open_adapter
 from malora.kernels.packed import basis_key, describe, pack
 from malora.limits import WEIGHTS_NAME
 from malora_server.engine.config import EngineConfig
@@ -252,37 +252,29 @@ class _Bench:
         host = torch.zeros(3 * size, dtype=torch.uint8, pin_memory=is_cuda)
         times: dict[str, list[float]] = {}
 
-        def timed(part: str, work: Callable[[], Any]) -> Any:
+        def timed(part: str, work: Callable[..., Any], *args: Any) -> Any:
             start = time.perf_counter()
-            result = work()
+            result = work(*args)
             times.setdefault(part, []).append((time.perf_counter() - start) * 1e3)
             return result
 
+        values = allocate(size)
         for _ in range(5):
             with ExitStack() as stack:
-                opened = open_adapter(folder, configuration.spec)
-                found = timed("headers, checked", lambda: stack.enter_context(opened))  # noqa: B023
-                tensors = timed(
-                    "values, read and checked",
-                    lambda: found._weights.tensors(work_in_threads),  # noqa: B023
+                opened = open_adapter(
+                    folder, configuration.spec, allocate=lambda nbytes: values[:nbytes]
                 )
-                config, linears = _interpret(found._document, tensors)
-                adapter = timed(
-                    "digests (sha256)",
-                    lambda: Adapter.of(config, linears, work_in_threads),  # noqa: B023
-                )
-                key = basis_key(adapter.linears, adapter.basis_digests)
-                paths = configuration.paths
-                packed = describe(adapter.digest, key, adapter.linears, len(paths), dtype)
+                found = timed("headers, checked", stack.enter_context, opened)
+                adapter = timed("values, read, checked and digested", found.read, work_in_threads)
+                linears, paths = adapter.linears, configuration.paths
+                key = basis_key(linears, adapter.basis_keys)
+                packed = describe(adapter.digest, key, linears, len(paths), dtype)
                 basis, own, _ = host.split(
                     [packed.basis_bytes, packed.own_bytes, len(host) - packed.num_bytes]
                 )
-                timed(
-                    "packed",
-                    lambda: pack(packed, linears, paths, basis, own, dtype, work_in_threads),  # noqa: B023
-                )
+                timed("packed", pack, packed, linears, paths, basis, own, dtype, work_in_threads)
                 if is_cuda:
-                    timed("to the device", lambda: _upload(host, packed.num_bytes))  # noqa: B023
+                    timed("to the device", _upload, host, packed.num_bytes)
         parts = {part: float(np.median(each)) for part, each in times.items()}
         return {"threads": configuration.num_threads, "megabytes": size / 1e6, **parts}
 

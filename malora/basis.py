@@ -17,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from malora.digests import tensor_digest
+from malora.files import Map
+
 PEFT_PREFIX = "base_model.model."
 BASIS_NAME = "malora_basis"
 
@@ -90,22 +93,10 @@ def load_basis(path: str | Path) -> dict[str, Tensor]:
     return bases
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """sha256, in hex, of a tensor's dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    values = tensor.detach().cpu().contiguous()
-    digest.update(values.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def basis_digest(bases: Mapping[str, Tensor]) -> str:
+def basis_digest(bases: Mapping[str, Tensor], map: Map = map) -> str:
     """sha256, in hex, of all of an adapter's bases, keyed by module path, in sorted order."""
-    return digest_of_bases({name: tensor_digest(basis) for name, basis in bases.items()})
-
-
-def digest_of_bases(digests: Mapping[str, str]) -> str:
-    """`basis_digest` of bases whose own digests are known, by module path."""
     digest = hashlib.sha256()
-    for name in sorted(digests):
-        digest.update(f"{name} {digests[name]}\n".encode())
+    names = sorted(bases)
+    for name, of_basis in zip(names, map(tensor_digest, [bases[n] for n in names]), strict=True):
+        digest.update(f"{name} {of_basis}\n".encode())
     return digest.hexdigest()

@@ -132,10 +132,12 @@ class MaloraConfig(PeftConfig):
 
         `rank_pattern` and `alpha_pattern` follow PEFT: a key matches the end of the path.
         """
-        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_path), self.r)
-        alpha = self.alpha_pattern.get(
-            get_pattern_key(list(self.alpha_pattern), module_path), self.lora_alpha
-        )
+        r, alpha = self.r, self.lora_alpha
+        if self.rank_pattern:
+            r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_path), r)
+        if self.alpha_pattern:
+            key = get_pattern_key(list(self.alpha_pattern), module_path)
+            alpha = self.alpha_pattern.get(key, alpha)
         basis_dim = {
             "identity": r,
             "block": self.num_experts * r,

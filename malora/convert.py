@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from malora.basis import PEFT_PREFIX
-from malora.config import MaloraConfig
+from malora.config import LinearShape, MaloraConfig
 from malora.files import open_weights, read_config
 from malora.format import (
     AdaptedLinear,
@@ -106,10 +106,10 @@ def from_lora(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Con
     config = _family_config(document, num_experts=1, top_k=1, coefficients="identity")
     linears = {}
     for path, parts in _grouped(tensors, PEFT_PREFIX, ("lora_A.weight", "lora_B.weight")).items():
-        r = shape_of(config, path).r
-        basis = _matrix(path, parts, "lora_A.weight", rows=r)
-        up = _matrix(path, parts, "lora_B.weight", columns=r)
-        linears[path] = _linear(config, path, basis, up.unsqueeze(0), None)
+        shape = shape_of(config, path)
+        basis = _matrix(path, parts, "lora_A.weight", rows=shape.r)
+        up = _matrix(path, parts, "lora_B.weight", columns=shape.r)
+        linears[path] = _linear(config, shape, basis, up.unsqueeze(0), None)
     return config, linears
 
 
@@ -124,12 +124,12 @@ def from_hydralora(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     wanted = ("lora_A.weight", *names, "lora_route.weight")
     linears = {}
     for path, parts in _grouped(tensors, PEFT_PREFIX, wanted).items():
-        r = shape_of(config, path).r
-        basis = _matrix(path, parts, "lora_A.weight", rows=r)
-        ups = _alike(path, [_matrix(path, parts, name, columns=r) for name in names])
+        shape = shape_of(config, path)
+        basis = _matrix(path, parts, "lora_A.weight", rows=shape.r)
+        ups = _alike(path, [_matrix(path, parts, name, columns=shape.r) for name in names])
         # With one expert the softmax is 1 whatever the router says.
         router = _matrix(path, parts, "lora_route.weight", rows=experts) if experts > 1 else None
-        linears[path] = _linear(config, path, basis, torch.stack(ups), router)
+        linears[path] = _linear(config, shape, basis, torch.stack(ups), router)
     return config, linears
 
 
@@ -148,11 +148,13 @@ def from_molora(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C
     for path, parts in grouped.items():
         # MoE-PEFT counts layers from the decoder, whose name in transformers is "model".
         target = f"model.{path}"
-        r = shape_of(config, target).r
-        basis = torch.cat(_alike(path, [_matrix(path, parts, name, rows=r) for name in downs]))
-        up = torch.stack(_alike(path, [_matrix(path, parts, name, columns=r) for name in ups]))
+        shape = shape_of(config, target)
+        matrices = [_matrix(path, parts, name, rows=shape.r) for name in downs]
+        basis = torch.cat(_alike(path, matrices))
+        matrices = [_matrix(path, parts, name, columns=shape.r) for name in ups]
+        up = torch.stack(_alike(path, matrices))
         router = _matrix(path, parts, "moe_gate.weight", rows=experts) if experts > 1 else None
-        linears[target] = _linear(config, target, basis, up, router)
+        linears[target] = _linear(config, shape, basis, up, router)
     return config, linears
 
 
@@ -181,8 +183,10 @@ def convert(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Adap
             "adapter_type_unsupported", f"A {kind} adapter cannot be converted: {reason}."
         )
     with open_weights(Path(folder)) as weights:
-        check_adapter(*read(document, weights.shapes), None)
-        adapter = Adapter.of(*read(document, weights.tensors()))
+        weights.read()
+        config, linears = read(document, weights.tensors)
+        check_adapter(config, linears, None)
+        adapter = Adapter.of(config, linears)
     save_adapter(adapter, out)
     return adapter
 
@@ -276,7 +280,7 @@ def _alike(path: str, matrices: list[Tensor]) -> list[Tensor]:
 
 
 def _linear(
-    config: MaloraConfig, path: str, basis: Tensor, up: Tensor, router: Tensor | None
+    config: MaloraConfig, shape: LinearShape, basis: Tensor, up: Tensor, router: Tensor | None
 ) -> AdaptedLinear:
     return AdaptedLinear(
         basis=basis,
@@ -285,5 +289,5 @@ def _linear(
         router=router,
         router_input="hidden",
         top_k=config.top_k,
-        scaling=shape_of(config, path).scaling,
+        scaling=shape.scaling,
     )

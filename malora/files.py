@@ -8,15 +8,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from malora.digests import bytes_digest
 from malora.kernels.arena import aligned
 from malora.limits import (
     CONFIG_NAME,
@@ -29,17 +30,17 @@ from malora.limits import (
 
 Map = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
 """`map`, or a thread pool's: how to do the same for each of many tensors."""
-_BYTES_AT_A_TIME = 2 * 2**20
-"""What one call reads, unless a tensor is larger."""
-_TENSORS_AT_A_TIME = 512
-"""The system takes no more than 1,024."""
+Allocate = Callable[[int], Tensor]
+"""Memory of so many bytes, uint8 on the CPU."""
+_BYTES_AT_A_TIME = 2**20
+"""What one thread reads and checks, unless a tensor is larger."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes an adapter's tensors may have, by their names in a safetensors header."""
 
 
 def threaded_map(num_threads: int) -> Map:
-    """`map` in so many threads. Each takes neighbouring items, several at a time: handing one over
-    costs more than reading a small tensor.
+    """`map` in so many threads. Each takes the next item by itself: handing one over costs more
+    than reading a small tensor.
     """
     if num_threads == 1:
         return map
@@ -47,11 +48,23 @@ def threaded_map(num_threads: int) -> Map:
 
     def run(work: Callable[..., Any], items: Iterable[Any]) -> Iterable[Any]:
         items = list(items)
-        size = -(-len(items) // (4 * num_threads)) or 1
-        parts = [items[i : i + size] for i in range(0, len(items), size)]
-        return chain.from_iterable(pool.map(lambda part: [work(item) for item in part], parts))
+        results: list[Any] = [None] * len(items)
+        indices = iter(range(len(items)))
+
+        def take(_thread: int) -> None:
+            for index in indices:
+                results[index] = work(items[index])
+
+        for _ in pool.map(take, range(num_threads)):
+            pass
+        return results
 
     return run
+
+
+def allocate(nbytes: int) -> Tensor:
+    """Memory that takes pages of the machine's once it is written to."""
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -80,21 +93,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return document
 
 
+@dataclass
+class _Stretch:
+    """Tensors of one dtype that follow each other, in the file from `at` on, in memory as well."""
+
+    at: int
+    start: int
+    dtype: torch.dtype
+    names: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Of each, in bytes."""
+    nbytes: int = 0
+
+
 class Weights:
-    """The folder's adapter_model.safetensors, opened: its header, then its tensors."""
+    """The folder's adapter_model.safetensors, opened: its header, then its tensors' values."""
 
-    def __init__(self, handle: Any, file: BinaryIO, start: int) -> None:
+    def __init__(self, handle: Any, file: BinaryIO, start: int, allocate: Allocate) -> None:
         """handle: safetensors', which has checked the header. start: of the values in the file."""
-        self._handle = handle
         self._file = file
-        self._start = start
-
-    @cached_property
-    def shapes(self) -> dict[str, Tensor]:
-        """A tensor without memory (on "meta") for each in the file: names, shapes and dtypes."""
-        tensors = {}
-        for name in self._handle.keys():  # noqa: SIM118 (the handle is no mapping)
-            view = self._handle.get_slice(name)
+        self._stretches: list[_Stretch] = []
+        shapes = {}
+        last = _Stretch(start, 0, torch.uint8)
+        # Values follow each other without gaps, as safetensors sees to.
+        for name in handle.offset_keys():
+            view = handle.get_slice(name)
             dtype = DTYPES.get(view.get_dtype())
             if dtype is None:
                 raise AdapterFormatError(
@@ -102,85 +125,92 @@ class Weights:
                     f"Tensor {name} is {view.get_dtype()}, but an adapter's tensors are "
                     f"{', '.join(DTYPES)}: save it in one of these.",
                 )
-            tensors[name] = torch.empty(view.get_shape(), dtype=dtype, device="meta")
-        return tensors
-
-    def tensors(self, map: Map = map) -> dict[str, Tensor]:
-        """All tensors, on the CPU, finite, and independent of the file from here on.
-
-        They are read, not mapped, into one memory: faster by what the many pages cost, and a file
-        that is cut short meanwhile is an error instead of a signal.
-        """
-        sizes = {name: meta.nbytes for name, meta in self.shapes.items()}
-        memory = torch.empty(sum(map(aligned, sizes.values())), dtype=torch.uint8)
-        data = memory.numpy().data
+            if last.dtype != dtype or last.nbytes >= _BYTES_AT_A_TIME:
+                last = _Stretch(last.at + last.nbytes, aligned(last.start + last.nbytes), dtype)
+                self._stretches.append(last)
+            shapes[name] = shape = view.get_shape()
+            if 0 in shape:
+                raise AdapterFormatError(
+                    "adapter_shape_mismatch",
+                    f"Tensor {name} has shape {tuple(shape)}, but none of an adapter's is empty.",
+                )
+            size = math.prod(shape) * dtype.itemsize
+            last.names.append(name)
+            last.sizes.append(size)
+            last.nbytes += size
+        self._memory = allocate(last.start + last.nbytes)
         tensors = {}
-        groups: list[_Group] = []
-        at, left, start = self._start, 0, 0
-        # Values follow each other without gaps, as safetensors sees to.
-        for name in self._handle.offset_keys():
-            meta, size = self.shapes[name], sizes[name]
-            tensors[name] = memory[start : start + size].view(meta.dtype).view(meta.shape)
-            if left <= 0 or len(groups[-1].names) == _TENSORS_AT_A_TIME:
-                groups.append(_Group(at, [], []))
-                left = _BYTES_AT_A_TIME
-            groups[-1].names.append(name)
-            groups[-1].parts.append(data[start : start + size])
-            at += size
-            left -= size
-            start += aligned(size)
+        for stretch in self._stretches:
+            counts = [size // stretch.dtype.itemsize for size in stretch.sizes]
+            values = self._values(stretch).split_with_sizes(counts)
+            for name, of_tensor in zip(stretch.names, values, strict=True):
+                tensors[name] = of_tensor.view(shapes[name])
+        self.tensors = {name: tensors[name] for name in sorted(tensors)}
+        """On the CPU, independent of the file, and without values until `read`."""
 
-        def read(group: _Group) -> None:
-            _read_into(group.parts, self._file.fileno(), group.at)
-            for name in group.names:
-                _check_finite(name, tensors[name])
+    def read(self, map: Map = map) -> dict[int, str]:
+        """Read all values, and check that they are finite.
 
-        for _ in map(read, groups):
-            pass
-        return tensors
+        They are read, not mapped: faster by what the many pages cost, and a file that is cut short
+        meanwhile is an error instead of a signal.
 
+        Returns the digests of the tensors' values, by where these lie (`data_ptr`).
+        """
+        data = self._memory.numpy().data
+        address = self._memory.data_ptr()
 
-class _Group(NamedTuple):
-    """Tensors that follow each other in a file from `at` on, and where they are read to."""
+        def read(stretch: _Stretch) -> list[tuple[int, str]]:
+            # Every value is read, checked and digested while the core has it in its cache.
+            start = stretch.start
+            _read_into(data[start : start + stretch.nbytes], self._file.fileno(), stretch.at)
+            if not _is_finite(self._values(stretch)):
+                raise self._not_finite(stretch.names)
+            digests = []
+            for size in stretch.sizes:
+                digests.append((address + start, bytes_digest(data[start : start + size])))
+                start += size
+            return digests
 
-    at: int
-    names: list[str]
-    parts: list[memoryview]
+        return dict(chain.from_iterable(map(read, self._stretches)))
 
+    def _values(self, stretch: _Stretch) -> Tensor:
+        return self._memory[stretch.start :][: stretch.nbytes].view(stretch.dtype)
 
-def _read_into(parts: list[memoryview], fd: int, start: int) -> None:
-    """Fill these from what follows each other in a file."""
-    parts = [part for part in parts if len(part)]
-    while parts:
-        count = os.preadv(fd, parts, start)
-        if count == 0:
-            raise AdapterFormatError(
-                "adapter_file_invalid", f"{WEIGHTS_NAME} is shorter than its header says."
-            )
-        start += count
-        while parts and count >= len(parts[0]):
-            count -= len(parts.pop(0))
-        if count:
-            parts[0] = parts[0][count:]
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    # A finite sum, which is quicker to make, has finite parts alone.
-    total = float(tensor.sum(dtype=torch.float32))
-    if not math.isfinite(total) and not torch.isfinite(tensor).all():
-        raise AdapterFormatError(
+    def _not_finite(self, names: list[str]) -> AdapterFormatError:
+        name = next(name for name in names if not _is_finite(self.tensors[name]))
+        return AdapterFormatError(
             "adapter_not_finite",
             f"Tensor {name} holds NaN or infinity: the adapter's training diverged, or its file "
             "is damaged.",
         )
 
 
+def _read_into(memory: memoryview, fd: int, start: int) -> None:
+    """Fill this from a file."""
+    while memory:
+        count = os.preadv(fd, [memory], start)
+        if count == 0:
+            raise AdapterFormatError(
+                "adapter_file_invalid", f"{WEIGHTS_NAME} is shorter than its header says."
+            )
+        start += count
+        memory = memory[count:]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # NaN among the values is both the least and the greatest.
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
+
+
 @contextmanager
-def open_weights(folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES) -> Iterator[Weights]:
+def open_weights(
+    folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES, allocate: Allocate = allocate
+) -> Iterator[Weights]:
     """Open the folder's weights, reading no more than the header.
 
     Raises AdapterFormatError: adapter_not_found, adapter_file_missing, adapter_file_unsafe,
-    adapter_file_invalid, adapter_too_large; later adapter_dtype_unsupported, adapter_not_finite.
+    adapter_file_invalid, adapter_too_large, adapter_dtype_unsupported, adapter_shape_mismatch;
+    later adapter_not_finite.
     """
     file = _file_in(folder, WEIGHTS_NAME)
     size = file.stat().st_size
@@ -199,7 +229,7 @@ def open_weights(folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES) -> Iterator[W
                     f"{MAX_HEADER_BYTES} are accepted.",
                 )
             with safe_open(file, framework="pt") as handle:
-                yield Weights(handle, raw, 8 + header_bytes)
+                yield Weights(handle, raw, 8 + header_bytes, allocate)
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(
             "adapter_file_invalid",

@@ -1,17 +1,16 @@
 """An adapter in memory and on disk: what the kernels, the server and the converters share.
 
 On disk it is a folder shaped as PEFT shapes it: `adapter_config.json` and
-`adapter_model.safetensors`. Folders come from strangers, so everything about one is checked before
-anything is allocated, and nothing but safetensors is ever read.
+`adapter_model.safetensors`. Folders come from strangers, so everything a header says is checked
+before any value is read, and nothing but safetensors is ever read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,15 +20,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malora.basis import (
-    BASIS_NAME,
-    PEFT_PREFIX,
-    basis_digest,
-    digest_of_bases,
-    tensor_digest,
-)
+from malora.basis import BASIS_NAME, PEFT_PREFIX, basis_digest
 from malora.config import LinearShape, MaloraConfig, RouterInput
-from malora.files import Map, Weights, open_weights, read_config
+from malora.digests import bytes_digest, content_key, values_digest
+from malora.files import Allocate, Map, Weights, allocate, open_weights, read_config
 from malora.limits import CONFIG_NAME, MAX_WEIGHTS_BYTES, WEIGHTS_NAME, AdapterFormatError
 from malora.spec import BaseModelSpec
 
@@ -103,58 +97,53 @@ class Adapter:
     """A whole adapter. Make one with `load_adapter` or `Adapter.of`.
 
     linears: by module path in the base model ("model.layers.0.self_attn.q_proj").
-    digest: sha256, in hex, of all that decides the adapter's outputs: paths, shapes, dtypes, bytes,
+    digest: BLAKE3, in hex, of all that decides the adapter's outputs: paths, shapes, dtypes, bytes,
     top_k, scaling and router_input. The same weights under another name have the same digest.
-    basis_digests: of each linear's basis, by path.
+    basis_keys: `content_key` of each linear's basis, by path.
     """
 
     config: MaloraConfig
     linears: dict[str, AdaptedLinear]
     digest: str
-    basis_digests: dict[str, str]
+    basis_keys: dict[str, str]
     num_parameters: int
     num_bytes: int
 
     @classmethod
     def of(
-        cls, config: MaloraConfig, linears: Mapping[str, AdaptedLinear], map: Map = map
+        cls,
+        config: MaloraConfig,
+        linears: Mapping[str, AdaptedLinear],
+        digest_of: Callable[[Tensor], str] = values_digest,
     ) -> Adapter:
-        """The adapter that these linears make; reads every byte, for the digest."""
-        digest = hashlib.sha256()
-        paths = sorted(linears)
-        tensors = [tensor for path in paths for tensor in linears[path].tensors().values()]
-        digests = iter(map(tensor_digest, tensors))
-        basis_digests = {}
-        for path in paths:
+        """The adapter that these linears make; reads every byte, where digests are not known."""
+        lines = []
+        basis_keys = {}
+        num_parameters = num_bytes = 0
+        for path in sorted(linears):
             linear = linears[path]
-            digest.update(
-                f"{path} {linear.top_k} {linear.scaling!r} {linear.router_input}\n".encode()
-            )
-            for name in linear.tensors():
-                of_tensor = next(digests)
-                digest.update(f"{name} {of_tensor}\n".encode())
+            lines.append(f"{path} {linear.top_k} {linear.scaling!r} {linear.router_input}")
+            for name, tensor in linear.tensors().items():
+                content = content_key(tensor, digest_of(tensor))
+                lines.append(f"{name} {content}")
                 if name == BASIS_NAME:
-                    basis_digests[path] = of_tensor
-        return cls(
-            config,
-            dict(linears),
-            digest.hexdigest(),
-            basis_digests,
-            sum(tensor.numel() for tensor in tensors),
-            sum(tensor.nbytes for tensor in tensors),
-        )
+                    basis_keys[path] = content
+                num_parameters += tensor.numel()
+                num_bytes += tensor.nbytes
+        digest = bytes_digest("\n".join(lines).encode())
+        return cls(config, dict(linears), digest, basis_keys, num_parameters, num_bytes)
 
 
 class OpenAdapter:
     """An adapter's files, opened: the sizes in their headers are checked, the values not read."""
 
     def __init__(
-        self, document: Mapping[str, Any], weights: Weights, linears: dict[str, AdaptedLinear]
+        self, config: MaloraConfig, weights: Weights, linears: dict[str, AdaptedLinear]
     ) -> None:
         """Use `open_adapter`."""
         self.linears = linears
-        """By path, of tensors that take no memory (on "meta")."""
-        self._document = document
+        """By path, of tensors without values."""
+        self._config = config
         self._weights = weights
 
     def read(self, map: Map = map) -> Adapter:
@@ -162,15 +151,17 @@ class OpenAdapter:
 
         Raises AdapterFormatError: adapter_file_invalid, adapter_not_finite, adapter_basis_mismatch.
         """
-        config, linears = _interpret(self._document, self._weights.tensors(map))
-        adapter = Adapter.of(config, linears, map)
-        if config.basis_digest not in (None, digest_of_bases(adapter.basis_digests)):
-            raise AdapterFormatError(
-                "adapter_basis_mismatch",
-                f"Field basis_digest of {CONFIG_NAME} does not belong to the basis in "
-                f"{WEIGHTS_NAME}: the two files come from different adapters.",
-            )
-        return adapter
+        digests = self._weights.read(map)
+        expected = self._config.basis_digest
+        if expected is not None:
+            bases = {path: linear.basis for path, linear in self.linears.items()}
+            if basis_digest(bases, map) != expected:
+                raise AdapterFormatError(
+                    "adapter_basis_mismatch",
+                    f"Field basis_digest of {CONFIG_NAME} does not belong to the basis in "
+                    f"{WEIGHTS_NAME}: the two files come from different adapters.",
+                )
+        return Adapter.of(self._config, self.linears, lambda tensor: digests[tensor.data_ptr()])
 
 
 def load_adapter(
@@ -205,15 +196,15 @@ def open_adapter(
     base: BaseModelSpec | None = None,
     *,
     max_bytes: int = MAX_WEIGHTS_BYTES,
+    allocate: Allocate = allocate,
 ) -> Iterator[OpenAdapter]:
     """Open an adapter folder and check it as far as its headers go; as `load_adapter`."""
     folder = Path(folder)
     document = read_config(folder)
-    with open_weights(folder, max_bytes) as weights:
-        # The header's shapes are read as the weights will be, but on tensors that take no memory.
-        config, linears = _interpret(document, weights.shapes)
+    with open_weights(folder, max_bytes, allocate) as weights:
+        config, linears = _interpret(document, weights.tensors)
         check_adapter(config, linears, base)
-        yield OpenAdapter(document, weights, linears)
+        yield OpenAdapter(config, weights, linears)
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:
@@ -349,11 +340,7 @@ def _check_shapes(config: MaloraConfig, path: str, linear: AdaptedLinear) -> Non
         "malora_router": (experts, *n) if config.router_input == "hidden" else (experts, d),
     }
     for name, tensor in linear.tensors().items():
-        if (
-            tuple(tensor.shape) != expected[name]
-            or 0 in tensor.shape
-            or tensor.ndim != len(expected[name])
-        ):
+        if tuple(tensor.shape) != expected[name]:
             raise AdapterFormatError(
                 "adapter_shape_mismatch",
                 f"Tensor {path}.{name} has shape {tuple(tensor.shape)}, but {CONFIG_NAME} "

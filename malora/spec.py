@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from malora.basis import tensor_digest
+from malora.digests import tensor_digest
 
 
 @dataclass(frozen=True)

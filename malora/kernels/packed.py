@@ -8,8 +8,8 @@ the addresses in the headers change.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from malora.basis import tensor_digest
 from malora.config import RouterInput
+from malora.digests import bytes_digest, content_key, values_digest
 from malora.files import Map
 from malora.format import AdaptedLinear
 from malora.kernels.arena import aligned
@@ -89,6 +89,17 @@ class PackedLinear(NamedTuple):
         yield self.num_experts, self.r, self.out_features
 
 
+class _Layout(NamedTuple):
+    """Where the tensors lie in the two pieces.
+
+    starts: of each linear's basis in the one, then of its other tensors in the other.
+    """
+
+    starts: list[list[int]]
+    basis_bytes: int
+    own_bytes: int
+
+
 @dataclass(frozen=True)
 class PackedAdapter:
     """How an adapter lies in its two pieces of memory.
@@ -103,15 +114,13 @@ class PackedAdapter:
     num_sites: int
     linears: tuple[PackedLinear, ...]
 
-    @cached_property
+    @property
     def basis_bytes(self) -> int:
-        return self._size(linear.basis_shape for linear in self.linears)
+        return self._layout.basis_bytes
 
-    @cached_property
+    @property
     def own_bytes(self) -> int:
-        return self.header_bytes + self._size(
-            shape for linear in self.linears for shape in linear.own_shapes()
-        )
+        return self._layout.own_bytes
 
     @property
     def header_bytes(self) -> int:
@@ -121,34 +130,54 @@ class PackedAdapter:
     def num_bytes(self) -> int:
         return self.basis_bytes + self.own_bytes
 
-    def _size(self, shapes: Iterable[tuple[int, ...]]) -> int:
-        return sum(aligned(_count(shape) * self.itemsize) for shape in shapes)
+    @cached_property
+    def _layout(self) -> _Layout:
+        starts = []
+        basis_stop, own_stop = 0, self.header_bytes
+        for linear in self.linears:
+            of_linear = [basis_stop]
+            basis_stop += aligned(math.prod(linear.basis_shape) * self.itemsize)
+            for shape in linear.own_shapes():
+                of_linear.append(own_stop)
+                own_stop += aligned(math.prod(shape) * self.itemsize)
+            starts.append(of_linear)
+        return _Layout(starts, basis_stop, own_stop)
+
+    def tensors(self, basis: Tensor, own: Tensor, dtype: torch.dtype) -> list[list[Tensor]]:
+        """Each linear's as they lie in the pieces: basis, then as `own_shapes`, scaled."""
+        basis, own = basis.view(dtype), own.view(dtype)
+        basis_at, own_at = int(basis.storage_offset()), int(own.storage_offset())
+
+        def view(memory: Tensor, at: int, start: int, shape: tuple[int, ...]) -> Tensor:
+            # In one call, since there are many: of the two or three dimensions that there are.
+            strides = (math.prod(shape[1:]), *shape[2:], 1)
+            return memory.as_strided(shape, strides, at + start // self.itemsize)
+
+        return [
+            [
+                view(basis, basis_at, starts[0], linear.basis_shape),
+                *(
+                    view(own, own_at, start, shape)
+                    for start, shape in zip(starts[1:], linear.own_shapes(), strict=True)
+                ),
+            ]
+            for linear, starts in zip(self.linears, self._layout.starts, strict=True)
+        ]
 
     def views(self, basis: Tensor, own: Tensor, dtype: torch.dtype) -> dict[str, AdaptedLinear]:
         """The linears as they lie in the pieces: scaled, `up` as (N, r, m) read as (N, m, r)."""
-        linears = {}
-        at, own_at = 0, self.header_bytes
-
-        def view(memory: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
-            nbytes = _count(shape) * self.itemsize
-            return memory[start : start + nbytes].view(dtype).view(shape)
-
-        for linear in self.linears:
-            parts = []
-            for shape in linear.own_shapes():
-                parts.append(view(own, own_at, shape))
-                own_at += aligned(_count(shape) * self.itemsize)
-            linears[linear.path] = AdaptedLinear(
-                basis=view(basis, at, linear.basis_shape),
-                router=parts[0] if linear.has_router else None,
+        return {
+            linear.path: AdaptedLinear(
+                basis=parts[0],
+                router=parts[1] if linear.has_router else None,
                 coefficients=parts[-2] if linear.has_coefficients else None,
                 up=parts[-1].transpose(1, 2),
                 router_input=linear.router_input,
                 top_k=linear.top_k,
                 scaling=1.0,
             )
-            at += aligned(_count(linear.basis_shape) * self.itemsize)
-        return linears
+            for linear, parts in zip(self.linears, self.tensors(basis, own, dtype), strict=True)
+        }
 
     def headers(self, own: Tensor) -> NDArray[np.int64]:
         """The table of headers, (sites, FIELDS), at the start of the adapter's own piece."""
@@ -176,12 +205,12 @@ def describe(
     return PackedAdapter(digest, basis_key, dtype.itemsize, num_sites, packed)
 
 
-def basis_key(linears: Mapping[str, AdaptedLinear], digests: Mapping[str, str]) -> str:
-    """sha256, in hex, of what decides the piece with the basis: order, places and content.
+def basis_key(linears: Mapping[str, AdaptedLinear], keys: Mapping[str, str]) -> str:
+    """BLAKE3, in hex, of what decides the piece with the basis: order, places and content.
 
-    digests: of each linear's basis, by path, as `tensor_digest` makes them.
+    keys: `content_key` of each linear's basis, by path.
     """
-    return hashlib.sha256(repr([(path, digests[path]) for path in linears]).encode()).hexdigest()
+    return bytes_digest(repr([(path, keys[path]) for path in linears]).encode())
 
 
 def pack(
@@ -197,23 +226,19 @@ def pack(
 
     paths: the linears of the base model in the order of the headers.
     """
-    views = packed.views(basis, own, dtype)
 
-    def write(path: str) -> None:
-        linear, view = linears[path], views[path]
-        view.basis.copy_(linear.basis)
-        if view.router is not None and linear.router is not None:
-            view.router.copy_(linear.router)
-        if view.coefficients is not None and linear.coefficients is not None:
-            view.coefficients.copy_(linear.coefficients)
-        if linear.scaling == 1:
-            view.up.copy_(linear.up)
-        elif linear.up.dtype == dtype:
-            torch.mul(linear.up, linear.scaling, out=view.up)
-        else:  # rounded once, to the dtype it is stored in
-            view.up.copy_(linear.up.float() * linear.scaling)
+    def write(place: tuple[PackedLinear, list[Tensor]]) -> None:
+        linear, tensors = linears[place[0].path], place[1]
+        up, scaling = linear.up, linear.scaling
+        if scaling != 1 and torch.promote_types(up.dtype, dtype) != dtype:
+            up, scaling = up.float() * scaling, 1  # rounded once, to the dtype it is stored in
+        given = (linear.basis, linear.router, linear.coefficients, up.transpose(1, 2))
+        # In one call, for which a thread takes Python's lock once.
+        torch._foreach_copy_(tensors, [tensor for tensor in given if tensor is not None])
+        if scaling != 1:
+            tensors[-1].mul_(scaling)
 
-    for _ in map(write, [linear.path for linear in packed.linears]):
+    for _ in map(write, zip(packed.linears, packed.tensors(basis, own, dtype), strict=True)):
         pass
     packed.headers(own)[:] = _offsets(packed, paths)
 
@@ -222,35 +247,23 @@ def pack_whole(
     digest: str, linears: Mapping[str, AdaptedLinear], paths: Sequence[str], dtype: torch.dtype
 ) -> tuple[PackedAdapter, Tensor, Tensor]:
     """Pack linears that are in memory into memory of their own; the basis, then the rest."""
-    digests = {path: tensor_digest(linear.basis) for path, linear in linears.items()}
-    packed = describe(digest, basis_key(linears, digests), linears, len(paths), dtype)
+    bases = {path: linear.basis for path, linear in linears.items()}
+    keys = {path: content_key(basis, values_digest(basis)) for path, basis in bases.items()}
+    packed = describe(digest, basis_key(linears, keys), linears, len(paths), dtype)
     basis = torch.zeros(packed.basis_bytes, dtype=torch.uint8)
     own = torch.zeros(packed.own_bytes, dtype=torch.uint8)
     pack(packed, linears, paths, basis, own, dtype)
     return packed, basis, own
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def _offsets(packed: PackedAdapter, paths: Sequence[str]) -> NDArray[np.int64]:
     """The table of headers whose addresses are offsets into the pieces."""
+    rows = [[_NOWHERE] * _NUM_ADDRESSES + [0] * (len(FIELDS) - _NUM_ADDRESSES)] * len(paths)
     row_of = {path: row for row, path in enumerate(paths)}
-    table = np.zeros((len(paths), len(FIELDS)), np.int64)
-    table[:, :_NUM_ADDRESSES] = _NOWHERE
-    at, own_at = 0, packed.header_bytes
-    for linear in packed.linears:
-        starts = []
-        for shape in linear.own_shapes():
-            starts.append(own_at)
-            own_at += aligned(_count(shape) * packed.itemsize)
-        table[row_of[linear.path]] = [
-            at,
-            starts[0] if linear.has_router else _NOWHERE,
+    for linear, starts in zip(packed.linears, packed._layout.starts, strict=True):
+        rows[row_of[linear.path]] = [
+            starts[0],
+            starts[1] if linear.has_router else _NOWHERE,
             starts[-2] if linear.has_coefficients else _NOWHERE,
             starts[-1],
             linear.num_experts,
@@ -260,5 +273,4 @@ def _offsets(packed: PackedAdapter, paths: Sequence[str]) -> NDArray[np.int64]:
             0 if linear.basis_dim == linear.r else linear.r,
             int(linear.router_input == "basis"),
         ]
-        at += aligned(_count(linear.basis_shape) * packed.itemsize)
-    return table
+    return np.array(rows, np.int64)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora import MaloraConfig, files
+from malora.digests import values_digest
 from malora.format import (
     AdaptedLinear,
     Adapter,
@@ -252,9 +253,7 @@ def test_a_file_that_is_too_large(folder: Path) -> None:
 def test_values_come_in_parts_and_in_any_dtypes(folder: Path, monkeypatch) -> None:
     """Each in a memory of its own dtype, though single precision follows an odd number of bytes."""
     monkeypatch.setattr(files, "_BYTES_AT_A_TIME", 100)
-    monkeypatch.setattr(files, "_TENSORS_AT_A_TIME", 2)
     given = {
-        "empty": torch.zeros(0, 3),
         "odd": torch.randn(7).bfloat16(),
         "none": torch.tensor(2.5),
         "wide": torch.randn(50, 3),
@@ -264,11 +263,13 @@ def test_values_come_in_parts_and_in_any_dtypes(folder: Path, monkeypatch) -> No
     save_file(given, folder / "adapter_model.safetensors")
     for num_threads in (1, 3):
         with files.open_weights(folder) as weights:
-            tensors = weights.tensors(files.threaded_map(num_threads))
+            digests = weights.read(files.threaded_map(num_threads))
+            tensors = weights.tensors
         assert tensors.keys() == given.keys()
         for name, tensor in given.items():
             assert tensors[name].dtype == tensor.dtype
             assert torch.equal(tensors[name], tensor)
+            assert digests[tensors[name].data_ptr()] == values_digest(tensor)
 
 
 @pytest.mark.parametrize("size", [0, 9, -8, -1])
@@ -379,13 +380,24 @@ def test_a_dtype_that_is_not_supported(folder: Path) -> None:
     assert "F64" in message
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite(folder: Path, value: float) -> None:
+def test_values_that_are_not_finite(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    save_adapter(an_adapter(dtype), tmp_path / "mine")
     name = f"base_model.model.{V}.malora_up"
-    change_tensors(folder, lambda t: t[name].view(-1)[3:4].fill_(value))
-    code, message = code_of(folder)
+    change_tensors(tmp_path / "mine", lambda t: t[name].view(-1)[3:4].fill_(value))
+    code, message = code_of(tmp_path / "mine")
     assert code == "adapter_not_finite"
     assert name in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_as_large_as_they_can_be_are_finite(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_adapter(an_adapter(dtype), tmp_path / "mine")
+    name = f"base_model.model.{V}.malora_up"
+    most = torch.finfo(dtype).max
+    change_tensors(tmp_path / "mine", lambda t: t[name].fill_(most)[0].neg_())
+    assert load_adapter(tmp_path / "mine").linears[V].up.abs().eq(most).all()
 
 
 def test_a_basis_that_belongs_to_another_configuration(folder: Path) -> None:

@@ -228,6 +228,9 @@ HEADERS = {
     "a huge product": joined(header(entry(shape=(2**32, 2**32))), b"\0" * 4),
     "an overflowing product": joined(header(entry(shape=(2**63, 2), offsets=(0, 0))), b""),
     "a huge tensor without bytes": joined(header(entry(shape=(0, 2**62), offsets=(0, 0))), b""),
+    "an empty tensor with sides beyond counting": joined(
+        header(entry(shape=(0, 2**63), offsets=(0, 0))), b""
+    ),
     "many dimensions": joined(header(entry(shape=(1,) * 5000)), b"\0" * 4),
     "overlapping offsets": joined(header(entry(), entry(offsets=(2, 6)), name="a{}"), b"\0" * 6),
     "offsets backwards": joined(header(entry(offsets=(4, 0))), b"\0" * 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import mmap
 import os
@@ -16,8 +17,9 @@ from types import FrameType
 
 import msgspec
 import torch
+from torch import Tensor
 
-from malora.files import Map, threaded_map
+from malora.files import Allocate, Map, allocate, threaded_map
 from malora.format import Adapter, OpenAdapter, open_adapter
 from malora.kernels.packed import basis_key, describe, pack
 from malora.limits import CONFIG_NAME, WEIGHTS_NAME, AdapterFormatError
@@ -42,6 +44,8 @@ _NICENESS = 10
 """Steps come first; but where they leave no core idle, it still gets a tenth of one."""
 _MAX_CHECK_SECONDS = 10.0
 """Of the processor's time, for an adapter's headers: others wait for it."""
+_KEPT_BYTES = 256 * 2**20
+"""Of the memory that adapters are read to: what is kept takes no new pages for the next one."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,9 +61,9 @@ class _Load:
         self.refusal: Answer | None = None
         """Why there are no values."""
 
-    def open(self, configuration: Configure) -> Opened:
+    def open(self, configuration: Configure, allocate: Allocate = allocate) -> Opened:
         """Read the headers."""
-        opened = open_adapter(self._folder, configuration.spec)
+        opened = open_adapter(self._folder, configuration.spec, allocate=allocate)
         with _time_limit(_MAX_CHECK_SECONDS):
             self.adapter = adapter = self._stack.enter_context(opened)
         dtype = _DTYPES[configuration.dtype]
@@ -116,6 +120,7 @@ class _Session:
         self._memory_fd = memory_fd
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._load: _Load | None = None
+        self._values = allocate(0)
 
     def serve(self) -> bool:
         """Take one message; False where the engine is gone."""
@@ -148,7 +153,7 @@ class _Session:
             case Open(folder):
                 self._close_load()
                 self._load = load = _Load(Path(folder))
-                return load.attempt(lambda: load.open(self._configuration))
+                return load.attempt(lambda: load.open(self._configuration, self._allocate))
             case Pack() if self._load is not None:
                 load = self._load
                 # Every command has one answer, so what went wrong in advance is told now.
@@ -170,17 +175,25 @@ class _Session:
         adapter = load.values
         assert adapter is not None
         paths = self._configuration.paths
-        key = basis_key(adapter.linears, adapter.basis_digests)
+        key = basis_key(adapter.linears, adapter.basis_keys)
         packed = describe(adapter.digest, key, adapter.linears, len(paths), self._dtype)
         basis = self._memory[command.basis_start :][: packed.basis_bytes]
         own = self._memory[command.own_start :][: packed.own_bytes]
         pack(packed, adapter.linears, paths, basis, own, self._dtype, self._map)
         return Packed(packed, _describe(adapter))
 
+    def _allocate(self, nbytes: int) -> Tensor:
+        """The memory that the adapter before was read to, where it is large enough."""
+        if len(self._values) < nbytes:
+            self._values = allocate(nbytes)
+        return self._values[:nbytes]
+
     def _close_load(self) -> None:
         if self._load is not None:
             self._load.close()
             self._load = None
+        if len(self._values) > _KEPT_BYTES:
+            self._values = allocate(0)
 
 
 @contextmanager
@@ -224,6 +237,8 @@ def _describe(adapter: Adapter) -> AdapterInfo:
 def main(control_fd: int, log_level: str) -> None:
     """Serve until the process that started this one is gone."""
     configure_logging(log_level)
+    # What was imported stays; to look through it for garbage would hold up a load.
+    gc.freeze()
     # A terminal or a supervisor may signal every process; the engine still needs this one.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -32,7 +32,7 @@ class Adapter(Reply):
     generation: str | None = None
     """Names the content; the replies it serves have it as their `system_fingerprint`."""
     digest: str | None = None
-    """sha256 of all that decides its outputs; `generation` is its beginning."""
+    """BLAKE3 of all that decides its outputs; `generation` is its beginning."""
     pinned: bool = False
     device_bytes: int = 0
     host_bytes: int = 0

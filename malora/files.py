@@ -30,9 +30,9 @@ from malora.limits import (
 
 Map = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
 """`map`, or a thread pool's: how to do the same for each of many tensors."""
-Allocate = Callable[[int], Tensor]
-"""Memory of so many bytes, uint8 on the CPU."""
-_BYTES_AT_A_TIME = 2**20
+Header = list[tuple[str, str, list[int]]]
+"""A weights file's tensors in the order of their values: name, dtype as DTYPES names it, shape."""
+_BYTES_AT_A_TIME = 2**19
 """What one thread reads and checks, unless a tensor is larger."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes an adapter's tensors may have, by their names in a safetensors header."""
@@ -60,11 +60,6 @@ def threaded_map(num_threads: int) -> Map:
         return results
 
     return run
-
-
-def allocate(nbytes: int) -> Tensor:
-    """Memory that takes pages of the machine's once it is written to."""
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -95,10 +90,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class _Stretch:
-    """Tensors of one dtype that follow each other, in the file from `at` on, in memory as well."""
+    """Tensors of one dtype that follow each other, in the file as in memory."""
 
     at: int
+    """Where they begin among the file's values."""
     start: int
+    """Where they begin in memory."""
     dtype: torch.dtype
     names: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -107,38 +104,41 @@ class _Stretch:
 
 
 class Weights:
-    """The folder's adapter_model.safetensors, opened: its header, then its tensors' values."""
+    """The tensors of a weights file, in one memory, and the file that is open to fill them."""
 
-    def __init__(self, handle: Any, file: BinaryIO, start: int, allocate: Allocate) -> None:
-        """handle: safetensors', which has checked the header. start: of the values in the file."""
-        self._file = file
+    file: BinaryIO
+    start: int
+    """Of the values in the file."""
+
+    def __init__(self, header: Header, memory: Tensor) -> None:
+        """header: checked by safetensors. memory: to be used, where it is large enough."""
+        self.header = header
         self._stretches: list[_Stretch] = []
-        shapes = {}
-        last = _Stretch(start, 0, torch.uint8)
+        last = _Stretch(0, 0, torch.uint8)
         # Values follow each other without gaps, as safetensors sees to.
-        for name in handle.offset_keys():
-            view = handle.get_slice(name)
-            dtype = DTYPES.get(view.get_dtype())
+        for name, dtype_name, shape in header:
+            dtype = DTYPES.get(dtype_name)
             if dtype is None:
                 raise AdapterFormatError(
                     "adapter_dtype_unsupported",
-                    f"Tensor {name} is {view.get_dtype()}, but an adapter's tensors are "
+                    f"Tensor {name} is {dtype_name}, but an adapter's tensors are "
                     f"{', '.join(DTYPES)}: save it in one of these.",
                 )
-            if last.dtype != dtype or last.nbytes >= _BYTES_AT_A_TIME:
-                last = _Stretch(last.at + last.nbytes, aligned(last.start + last.nbytes), dtype)
-                self._stretches.append(last)
-            shapes[name] = shape = view.get_shape()
             if 0 in shape:
                 raise AdapterFormatError(
                     "adapter_shape_mismatch",
                     f"Tensor {name} has shape {tuple(shape)}, but none of an adapter's is empty.",
                 )
+            if last.dtype != dtype or last.nbytes >= _BYTES_AT_A_TIME:
+                last = _Stretch(last.at + last.nbytes, aligned(last.start + last.nbytes), dtype)
+                self._stretches.append(last)
             size = math.prod(shape) * dtype.itemsize
             last.names.append(name)
             last.sizes.append(size)
             last.nbytes += size
-        self._memory = allocate(last.start + last.nbytes)
+        nbytes = last.start + last.nbytes
+        self.memory = memory if len(memory) >= nbytes else torch.empty(nbytes, dtype=torch.uint8)
+        shapes = {name: shape for name, _, shape in header}
         tensors = {}
         for stretch in self._stretches:
             counts = [size // stretch.dtype.itemsize for size in stretch.sizes]
@@ -156,13 +156,14 @@ class Weights:
 
         Returns the digests of the tensors' values, by where these lie (`data_ptr`).
         """
-        data = self._memory.numpy().data
-        address = self._memory.data_ptr()
+        data = self.memory.numpy().data
+        address = self.memory.data_ptr()
 
         def read(stretch: _Stretch) -> list[tuple[int, str]]:
             # Every value is read, checked and digested while the core has it in its cache.
             start = stretch.start
-            _read_into(data[start : start + stretch.nbytes], self._file.fileno(), stretch.at)
+            stop = start + stretch.nbytes
+            _read_into(data[start:stop], self.file.fileno(), self.start + stretch.at)
             if not _is_finite(self._values(stretch)):
                 raise self._not_finite(stretch.names)
             digests = []
@@ -174,7 +175,7 @@ class Weights:
         return dict(chain.from_iterable(map(read, self._stretches)))
 
     def _values(self, stretch: _Stretch) -> Tensor:
-        return self._memory[stretch.start :][: stretch.nbytes].view(stretch.dtype)
+        return self.memory[stretch.start :][: stretch.nbytes].view(stretch.dtype)
 
     def _not_finite(self, names: list[str]) -> AdapterFormatError:
         name = next(name for name in names if not _is_finite(self.tensors[name]))
@@ -204,9 +205,12 @@ def _is_finite(tensor: Tensor) -> bool:
 
 @contextmanager
 def open_weights(
-    folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES, allocate: Allocate = allocate
+    folder: Path, max_bytes: int = MAX_WEIGHTS_BYTES, last: Weights | None = None
 ) -> Iterator[Weights]:
     """Open the folder's weights, reading no more than the header.
+
+    last: others, which nobody reads any more. Their memory is used again, and they themselves where
+    the header says the same.
 
     Raises AdapterFormatError: adapter_not_found, adapter_file_missing, adapter_file_unsafe,
     adapter_file_invalid, adapter_too_large, adapter_dtype_unsupported, adapter_shape_mismatch;
@@ -229,7 +233,16 @@ def open_weights(
                     f"{MAX_HEADER_BYTES} are accepted.",
                 )
             with safe_open(file, framework="pt") as handle:
-                yield Weights(handle, raw, 8 + header_bytes, allocate)
+                slices = [(name, handle.get_slice(name)) for name in handle.offset_keys()]
+                header = [(name, each.get_dtype(), each.get_shape()) for name, each in slices]
+            if last is None:
+                weights = Weights(header, torch.empty(0, dtype=torch.uint8))
+            elif last.header == header:
+                weights = last
+            else:
+                weights = Weights(header, last.memory)
+            weights.file, weights.start = raw, 8 + header_bytes
+            yield weights
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(
             "adapter_file_invalid",

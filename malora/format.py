@@ -23,7 +23,7 @@ from torch import Tensor
 from malora.basis import BASIS_NAME, PEFT_PREFIX, basis_digest
 from malora.config import LinearShape, MaloraConfig, RouterInput
 from malora.digests import bytes_digest, content_key, values_digest
-from malora.files import Allocate, Map, Weights, allocate, open_weights, read_config
+from malora.files import Map, Weights, open_weights, read_config
 from malora.limits import CONFIG_NAME, MAX_WEIGHTS_BYTES, WEIGHTS_NAME, AdapterFormatError
 from malora.spec import BaseModelSpec
 
@@ -138,20 +138,27 @@ class OpenAdapter:
     """An adapter's files, opened: the sizes in their headers are checked, the values not read."""
 
     def __init__(
-        self, config: MaloraConfig, weights: Weights, linears: dict[str, AdaptedLinear]
+        self, document: Mapping[str, Any], weights: Weights, base: BaseModelSpec | None
     ) -> None:
         """Use `open_adapter`."""
-        self.linears = linears
+        self.weights = weights
+        self._of = (weights, repr(document), base)
+        self._config, self.linears = _interpret(document, weights.tensors)
         """By path, of tensors without values."""
-        self._config = config
-        self._weights = weights
+        check_adapter(self._config, self.linears, base)
+
+    def is_of(
+        self, document: Mapping[str, Any], weights: Weights, base: BaseModelSpec | None
+    ) -> bool:
+        """Whether another one of these would be the same, and pass the same checks."""
+        return self._of == (weights, repr(document), base)
 
     def read(self, map: Map = map) -> Adapter:
         """The adapter on the CPU, in the dtypes it was saved in, independent of the file.
 
         Raises AdapterFormatError: adapter_file_invalid, adapter_not_finite, adapter_basis_mismatch.
         """
-        digests = self._weights.read(map)
+        digests = self.weights.read(map)
         expected = self._config.basis_digest
         if expected is not None:
             bases = {path: linear.basis for path, linear in self.linears.items()}
@@ -196,15 +203,19 @@ def open_adapter(
     base: BaseModelSpec | None = None,
     *,
     max_bytes: int = MAX_WEIGHTS_BYTES,
-    allocate: Allocate = allocate,
+    last: OpenAdapter | None = None,
 ) -> Iterator[OpenAdapter]:
-    """Open an adapter folder and check it as far as its headers go; as `load_adapter`."""
+    """Open an adapter folder and check it as far as its headers go; as `load_adapter`.
+
+    last: another one, which nobody uses any more. Its memory is used again, and it itself where the
+    headers and configurations are the same: many adapters are, but for their values.
+    """
     folder = Path(folder)
     document = read_config(folder)
-    with open_weights(folder, max_bytes, allocate) as weights:
-        config, linears = _interpret(document, weights.tensors)
-        check_adapter(config, linears, base)
-        yield OpenAdapter(config, weights, linears)
+    with open_weights(folder, max_bytes, None if last is None else last.weights) as weights:
+        if last is None or not last.is_of(document, weights, base):
+            last = OpenAdapter(document, weights, base)
+        yield last
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str]) -> None:

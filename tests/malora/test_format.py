@@ -283,6 +283,73 @@ def test_a_file_that_is_cut_short_once_it_is_open(folder: Path, size: int) -> No
     assert "shorter than its header says" in str(info.value)
 
 
+def test_what_is_used_again_is_what_would_be_found_anew(folder: Path) -> None:
+    """Of adapters that are opened one after the other, each in the last one's memory."""
+    base = BaseModelSpec.from_model(llama())
+    basis = f"base_model.model.{Q}.malora_basis"
+    change_config(folder, basis_digest=None)
+    last = None
+    reused = []
+
+    def follows() -> Adapter:
+        nonlocal last
+        want = load_adapter(folder, base)
+        with open_adapter(folder, base, last=last) as opened:
+            got = opened.read()
+            reused.append((last and last.weights is opened.weights, opened is last))
+            last = opened
+        assert got.config == want.config
+        assert got.digest == want.digest
+        assert got.basis_keys == want.basis_keys
+        for path, linear in want.linears.items():
+            assert got.linears[path].scaling == linear.scaling
+            for name, tensor in linear.tensors().items():
+                assert torch.equal(got.linears[path].tensors()[name], tensor)
+        return want
+
+    def is_refused(base: BaseModelSpec = base) -> None:
+        code, _ = code_of(folder, base)
+        with (
+            pytest.raises(AdapterFormatError) as caught,
+            open_adapter(folder, base, last=last) as a,
+        ):
+            a.read()
+        assert caught.value.code == code
+
+    first = follows()
+    change_tensors(folder, lambda t: t[basis].mul_(2))
+    assert follows().digest != first.digest
+    change_tensors(folder, lambda t: t[basis][0, :1].fill_(torch.nan))
+    is_refused()
+    change_tensors(folder, lambda t: t[basis][0, :1].fill_(1))
+    follows()
+    change_config(folder, lora_alpha=3)  # other words for the same tensors
+    follows()
+    change_config(folder, top_k=1)
+    follows()
+    change_config(folder, top_k=True)  # which is 1 to Python
+    is_refused()
+    change_config(folder, top_k=1)
+    follows()
+    change_tensors(folder, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+    follows()
+    change_tensors(folder, lambda t: t.update({k: v.float() for k, v in t.items()}))
+    follows()
+    is_refused(replace(base, linears={Q: (16, 16)}))
+    change_tensors(folder, lambda t: t.pop(basis))
+    is_refused()
+    assert reused == [
+        (None, False),
+        (True, True),
+        (True, True),
+        (True, False),
+        (True, False),
+        (True, True),
+        (False, False),
+        (False, False),
+    ]
+
+
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("count", [0, 1, 2, 13, 100])
 def test_threads_keep_the_order_and_tell_of_errors(num_threads: int, count: int) -> None:

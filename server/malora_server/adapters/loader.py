@@ -17,9 +17,8 @@ from types import FrameType
 
 import msgspec
 import torch
-from torch import Tensor
 
-from malora.files import Allocate, Map, allocate, threaded_map
+from malora.files import Map, threaded_map
 from malora.format import Adapter, OpenAdapter, open_adapter
 from malora.kernels.packed import basis_key, describe, pack
 from malora.limits import CONFIG_NAME, WEIGHTS_NAME, AdapterFormatError
@@ -45,7 +44,7 @@ _NICENESS = 10
 _MAX_CHECK_SECONDS = 10.0
 """Of the processor's time, for an adapter's headers: others wait for it."""
 _KEPT_BYTES = 256 * 2**20
-"""Of the memory that adapters are read to: what is kept takes no new pages for the next one."""
+"""Of the memory that an adapter was read to: for the next one, which then takes no new pages."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,9 +60,9 @@ class _Load:
         self.refusal: Answer | None = None
         """Why there are no values."""
 
-    def open(self, configuration: Configure, allocate: Allocate = allocate) -> Opened:
-        """Read the headers."""
-        opened = open_adapter(self._folder, configuration.spec, allocate=allocate)
+    def open(self, configuration: Configure, last: OpenAdapter | None = None) -> Opened:
+        """Read the headers. last: see `open_adapter`."""
+        opened = open_adapter(self._folder, configuration.spec, last=last)
         with _time_limit(_MAX_CHECK_SECONDS):
             self.adapter = adapter = self._stack.enter_context(opened)
         dtype = _DTYPES[configuration.dtype]
@@ -120,7 +119,7 @@ class _Session:
         self._memory_fd = memory_fd
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._load: _Load | None = None
-        self._values = allocate(0)
+        self._last: OpenAdapter | None = None
 
     def serve(self) -> bool:
         """Take one message; False where the engine is gone."""
@@ -153,7 +152,7 @@ class _Session:
             case Open(folder):
                 self._close_load()
                 self._load = load = _Load(Path(folder))
-                return load.attempt(lambda: load.open(self._configuration, self._allocate))
+                return load.attempt(lambda: load.open(self._configuration, self._last))
             case Pack() if self._load is not None:
                 load = self._load
                 # Every command has one answer, so what went wrong in advance is told now.
@@ -182,18 +181,13 @@ class _Session:
         pack(packed, adapter.linears, paths, basis, own, self._dtype, self._map)
         return Packed(packed, _describe(adapter))
 
-    def _allocate(self, nbytes: int) -> Tensor:
-        """The memory that the adapter before was read to, where it is large enough."""
-        if len(self._values) < nbytes:
-            self._values = allocate(nbytes)
-        return self._values[:nbytes]
-
     def _close_load(self) -> None:
         if self._load is not None:
             self._load.close()
+            self._last = self._load.adapter or self._last
             self._load = None
-        if len(self._values) > _KEPT_BYTES:
-            self._values = allocate(0)
+        if self._last is not None and len(self._last.weights.memory) > _KEPT_BYTES:
+            self._last = None
 
 
 @contextmanager

@@ -181,7 +181,7 @@ async def test_replacing_under_load_is_atomic_and_nothing_is_stale(
         truth[reply.system_fingerprint] = reply.choices[0].text
     assert len(set(truth.values())) == 2
     generations = {name: own.adapters.retrieve(name).generation for name in ("swapped", "other")}
-    seen: list[tuple[str, bool]] = []
+    seen: list[str] = []
     stopping = False
 
     async def ask(client: AsyncClient) -> None:
@@ -190,10 +190,15 @@ async def test_replacing_under_load_is_atomic_and_nothing_is_stale(
                 model="swapped", prompt=PROMPT, max_tokens=24, **GREEDY
             )
             assert reply.choices[0].text == truth[reply.system_fingerprint or ""]
-            seen.append((reply.system_fingerprint or "", True))
+            seen.append(reply.system_fingerprint or "")
 
-    async with AsyncClient(base_url=own_url, max_retries=0) as client:
-        asking = [asyncio.create_task(ask(client)) for _ in range(4)]
+    async with (
+        AsyncClient(base_url=own_url, max_retries=0) as client,
+        asyncio.timeout(60),
+        asyncio.TaskGroup() as asking,
+    ):
+        for _ in range(4):
+            asking.create_task(ask(client))
         for turn in range(6):
             source = ("other", "swapped")[turn % 2]
             loaded = await client.adapters.load("swapped", source=source)
@@ -203,10 +208,10 @@ async def test_replacing_under_load_is_atomic_and_nothing_is_stale(
                 model="swapped", prompt=PROMPT, max_tokens=2, **GREEDY
             )
             assert reply.system_fingerprint == generations[source]
+            seen.clear()
+            while generations[source] not in seen:  # so that changes meet requests of both
+                await asyncio.sleep(0.01)
         stopping = True
-        await asyncio.gather(*asking)
-    assert len(seen) > 4
-    assert {fingerprint for fingerprint, _ in seen} == set(truth)
 
 
 def test_a_replacement_that_is_broken_changes_nothing(own: Client, root: Path) -> None:

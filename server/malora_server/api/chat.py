@@ -174,7 +174,7 @@ async def chat_completions(
     tools = () if offered is None else offered.tools
     prompt = server.tokenizer.render_chat(body.messages, tools, format)
     add = bool(body.add_special_tokens)
-    token_ids = await server.tokenizer.encode(prompt, add_special_tokens=add)
+    [token_ids] = await server.tokenizer.encode([prompt], add_special_tokens=add)
     if not token_ids:
         raise invalid("messages", "The conversation has no tokens.")
     if body.max_completion_tokens is not None:

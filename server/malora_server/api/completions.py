@@ -180,33 +180,31 @@ async def completions(
 
 
 def _given_prompts(body: CompletionRequest) -> list[str | list[int]]:
-    given: list[Any] = (
-        [body.prompt]
-        if isinstance(body.prompt, str) or (body.prompt and isinstance(body.prompt[0], int))
-        else list(body.prompt)
-    )
+    given: Any = body.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
     if not given or not all(given):
         raise invalid("prompt", "The prompt is empty.")
-    return given
+    return list(given)
 
 
 async def _tokenised(
     server: ServerState, body: CompletionRequest, given: Sequence[str | list[int]]
 ) -> list[tuple[str, list[int]]]:
     """Each prompt's text (where it is needed) and token ids."""
+    texts = [prompt for prompt in given if isinstance(prompt, str)]
+    if texts:
+        add = body.add_special_tokens is not False
+        encoded = await server.tokenizer.encode(texts, add_special_tokens=add)
+        if not all(encoded):
+            raise invalid("prompt", "The prompt has no tokens.")
+        return list(zip(texts, encoded, strict=True))
     prompts = []
-    for prompt in given:
-        if isinstance(prompt, str):
-            add = body.add_special_tokens is not False
-            token_ids = await server.tokenizer.encode(prompt, add_special_tokens=add)
-            if not token_ids:
-                raise invalid("prompt", "The prompt has no tokens.")
-            prompts.append((prompt, token_ids))
-        else:
-            check_token_ids(server, "prompt", prompt)
-            text = ""
-            if body.echo:
-                skip = body.skip_special_tokens is not False
-                text = server.tokenizer.decode(prompt, skip_special_tokens=skip)
-            prompts.append((text, prompt))
+    for token_ids in (prompt for prompt in given if not isinstance(prompt, str)):
+        check_token_ids(server, "prompt", token_ids)
+        text = ""
+        if body.echo:
+            skip = body.skip_special_tokens is not False
+            text = await server.tokenizer.decode(token_ids, skip_special_tokens=skip)
+        prompts.append((text, token_ids))
     return prompts

@@ -30,15 +30,15 @@ async def tokenize(body: TokenizeRequest, server: Server) -> Response:
         )
         add = bool(add)
     assert prompt is not None
-    tokens = await server.tokenizer.encode(prompt, add_special_tokens=add is not False)
-    strings = [server.tokenizer.token_text(token) for token in tokens]
+    [tokens] = await server.tokenizer.encode([prompt], add_special_tokens=add is not False)
+    strings = await server.tokenizer.token_texts(tokens) if body.return_token_strs else None
     return Response(
         encode_json(
             {
                 "count": len(tokens),
                 "max_model_len": server.engine.ready.max_model_len,
                 "tokens": tokens,
-                "token_strs": strings if body.return_token_strs else None,
+                "token_strs": strings,
             }
         ),
         media_type="application/json",
@@ -51,5 +51,5 @@ async def detokenize(body: DetokenizeRequest, server: Server) -> Response:
     if body.model is not None:
         server.registry.resolve(body.model)
     check_token_ids(server, "tokens", body.tokens)
-    prompt = server.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    prompt = await server.tokenizer.decode(body.tokens, skip_special_tokens=False)
     return Response(encode_json({"prompt": prompt}), media_type="application/json")

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from tokenizers import Tokenizer as Backend
 
 from malora_server import app as app_module
 from malora_server.api.tokenizer import Tokenizer
@@ -182,12 +183,95 @@ app.main(["--base", {base!r}, "--port", "0"])
     assert "Traceback" not in err
 
 
-async def test_long_prompts_are_encoded_beside_the_loop(tokenizer: Tokenizer) -> None:
-    text = "the quick fox " * 20_000
-    encoding = asyncio.create_task(tokenizer.encode(text, add_special_tokens=True))
-    turns = 0
-    while not encoding.done():
-        turns += 1
-        await asyncio.sleep(0)
-    assert turns > 3
-    assert await encoding == tokenizer.backend.encode(text).ids
+async def test_long_texts_leave_the_loop_to_others(
+    tokenizer: Tokenizer,
+) -> None:
+    text = "the quick fox " * 40_000
+    ids = tokenizer.backend.encode(text).ids
+    encoding = tokenizer.encode([text], add_special_tokens=True)
+    decoding = tokenizer.decode(ids * 5, skip_special_tokens=False)
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # a thread that wants the interpreter's lock gets it at once
+    try:
+        for work, result in ((encoding, [ids]), (decoding, text * 5)):
+            task = asyncio.create_task(work)
+            turns = 0
+            while not task.done():
+                turns += 1
+                await asyncio.sleep(0)
+            # Tens where the library keeps the lock, tens of thousands where it lets it go.
+            assert turns > 500
+            assert await task == result
+    finally:
+        sys.setswitchinterval(usual)
+
+
+class WaitingBackend:
+    """A tokenizer whose work, once started, lasts until it is let go."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.started, self.go = threading.Semaphore(0), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def encode_batch_fast(self, *args: Any, **kwargs: Any) -> Any:
+        self._wait()
+        return self._backend.encode_batch_fast(*args, **kwargs)
+
+    def decode_batch(self, *args: Any) -> Any:
+        self._wait()
+        return self._backend.decode_batch(*args)
+
+    def _wait(self) -> None:
+        self.started.release()
+        if not self.go.wait(10):
+            self.go.set()  # nobody else has to wait as long
+            raise AssertionError("the loop waited for it")
+
+
+LONG_TEXT = "the quick fox " * 400
+MANY_TOKENS = [5] * 5000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": LONG_TEXT}),
+        ("/tokenize", {"messages": [{"role": "user", "content": LONG_TEXT}]}),
+        ("/detokenize", {"tokens": MANY_TOKENS}),
+        ("/v1/completions", {"model": "tiny", "prompt": [LONG_TEXT[:2000]] * 3}),
+        ("/v1/completions", {"model": "tiny", "prompt": MANY_TOKENS, "echo": True}),
+    ],
+)
+async def test_others_are_answered_while_long_texts_are_worked_on(
+    client: httpx.AsyncClient, tokenizer: Tokenizer, path: str, body: dict[str, Any]
+) -> None:
+    tokenizer.backend = backend = WaitingBackend(tokenizer.backend)
+    many = [asyncio.create_task(client.post(path, json=body)) for _ in range(40)]
+    try:
+        assert await asyncio.to_thread(backend.started.acquire, timeout=10)
+        # /metrics is made in a thread, of which there are enough however much is tokenised.
+        for other in ("/health", "/metrics"):
+            assert (await asyncio.wait_for(client.get(other), 10)).status_code == 200
+        assert not any(task.done() for task in many)
+    finally:
+        backend.go.set()
+    first, *others = await asyncio.gather(*many)
+    if path.startswith("/v1"):
+        assert first.json()["error"]["code"] == "context_length_exceeded"
+    else:
+        assert first.status_code == 200
+    assert {reply.content for reply in others} == {first.content}
+
+
+async def test_what_long_texts_become(client: httpx.AsyncClient, tokenizer: Tokenizer) -> None:
+    text = LONG_TEXT * 4
+    ids = tokenizer.backend.encode(text).ids
+    assert len(ids) > 4096
+    reply = await client.post("/tokenize", json={"prompt": text, "return_token_strs": True})
+    assert reply.json()["tokens"] == ids
+    assert "".join(reply.json()["token_strs"]) == text
+    reply = await client.post("/detokenize", json={"tokens": ids})
+    assert reply.json() == {"prompt": text}

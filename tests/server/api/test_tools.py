@@ -56,7 +56,7 @@ def script(engine: Any, tokenizer: Tokenizer) -> Any:
 
 def prompt_of(engine: Any, tokenizer: Tokenizer) -> str:
     ids = engine.submits[-1].prompt_token_ids
-    return tokenizer.decode(ids, skip_special_tokens=False)
+    return tokenizer.backend.decode(ids, False)
 
 
 def ask(client: openai.OpenAI, **fields: Any) -> tuple[Any, list[Any]]:

@@ -165,7 +165,11 @@ class _Session:
         self._configuration = configuration
         self._dtype = _DTYPES[configuration.dtype]
         size = max(configuration.capacity, mmap.PAGESIZE)
-        self._memory = torch.frombuffer(mmap.mmap(self._memory_fd, size), dtype=torch.uint8)
+        # Pages that are there anyway are mapped all at once: one by one, as adapters come to lie in
+        # them, costs as much as packing does.
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if configuration.is_pinned else 0)
+        memory = mmap.mmap(self._memory_fd, size, flags=flags)
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
         os.close(self._memory_fd)
         self._memory_fd = -1
         self._map = threaded_map(configuration.num_threads)

@@ -36,13 +36,15 @@ class Configure(msgspec.Struct, tag="configure", frozen=True):
     """The first message: what adapters are checked against, and how they are packed.
 
     paths: the linears of the base model in the order of the headers. capacity: of the host memory,
-    whose file comes along. num_threads: to read an adapter's tensors with.
+    whose file comes along; is_pinned: whether all its pages are there, to stay. num_threads: to
+    read an adapter's tensors with.
     """
 
     spec: BaseModelSpec
     paths: list[str]
     dtype: str
     capacity: int
+    is_pinned: bool
     num_threads: int
 
 
@@ -158,6 +160,7 @@ class Loader:
             paths,
             str(dtype).removeprefix("torch."),
             len(memory.tensor),
+            memory.is_pinned,
             num_threads=max(1, min(8, cores)),
         )
         self._link: socket.socket | None = None

@@ -30,7 +30,7 @@ class HostMemory:
             reason = os.strerror(error.errno or 0)
             raise OSError(f"{capacity:,} bytes for adapters can't be had: {reason}") from None
         self._drop = mmap.MADV_REMOVE if shared else mmap.MADV_DONTNEED
-        self._pinned = False
+        self.is_pinned = False
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:capacity]
         """(capacity,) uint8."""
 
@@ -46,13 +46,13 @@ class HostMemory:
                 f"the driver can't lock {nbytes:,} bytes of host memory for adapters (CUDA error "
                 f"{int(status)}): lower --adapter-host-memory, or raise the limit (ulimit -l)"
             )
-        self._pinned = True
+        self.is_pinned = True
 
     def discard(self, start: int, nbytes: int) -> None:
         """Give back the pages that lie wholly in a range nobody uses. Pinned ones stay."""
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < stop and not self._pinned:
+        if first < stop and not self.is_pinned:
             self._map.madvise(self._drop, first, stop - first)
 
     def __del__(self) -> None:

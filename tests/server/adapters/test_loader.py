@@ -7,6 +7,7 @@ import socket
 
 import msgspec
 import peft
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,7 +74,7 @@ def test_each_adapter_is_packed_as_if_it_were_the_only_one(tmp_path, monkeypatch
         return msgspec.msgpack.decode(ours.recv(MAX_MESSAGE_BYTES), type=Answer)
 
     try:
-        ours.sendall(msgspec.msgpack.encode(Configure(spec, paths, "float32", CAPACITY, 2)))
+        ours.sendall(msgspec.msgpack.encode(Configure(spec, paths, "float32", CAPACITY, False, 2)))
         assert session.serve()
         for name in ("a", "b", "a", "c", "broken", "b", "c", "a"):
             opened = ask(Open(str(tmp_path / name)))
@@ -97,6 +98,22 @@ def test_each_adapter_is_packed_as_if_it_were_the_only_one(tmp_path, monkeypatch
         ours.close()
 
 
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_pages_that_are_there_are_mapped_at_once_and_no_others(is_pinned):
+    capacity = 64 * 2**20
+    fd = os.memfd_create("host")
+    os.ftruncate(fd, capacity)
+    ours, theirs = socket.socketpair()
+    session = loader._Session(theirs, fd)
+    before = psutil.Process().memory_info().rss
+    spec = BaseModelSpec("", {}, "")
+    session._configure(Configure(spec, [], "float32", capacity, is_pinned, 1))
+    mapped = psutil.Process().memory_info().rss - before
+    session.close()
+    ours.close()
+    assert (mapped > capacity * 0.9) == is_pinned
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -109,7 +126,7 @@ def test_each_adapter_is_packed_as_if_it_were_the_only_one(tmp_path, monkeypatch
 def test_an_expression_that_takes_for_ever(tmp_path, monkeypatch, fields):
     spec = BaseModelSpec.from_model(llama())
     save_lora(tmp_path, 2, target_modules=["q_proj"])
-    configuration = Configure(spec, sorted(spec.linears), "float32", 0, 1)
+    configuration = Configure(spec, sorted(spec.linears), "float32", 0, False, 1)
 
     def open_it():
         load = loader._Load(tmp_path)

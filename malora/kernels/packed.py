@@ -143,41 +143,41 @@ class PackedAdapter:
             starts.append(of_linear)
         return _Layout(starts, basis_stop, own_stop)
 
-    def tensors(self, basis: Tensor, own: Tensor, dtype: torch.dtype) -> list[list[Tensor]]:
-        """Each linear's as they lie in the pieces: basis, then as `own_shapes`, scaled."""
-        basis, own = basis.view(dtype), own.view(dtype)
-        basis_at, own_at = int(basis.storage_offset()), int(own.storage_offset())
+    def tensors(self, index: int, basis: Tensor, own: Tensor) -> list[Tensor]:
+        """One linear's as they lie in the pieces: its basis, then as `own_shapes`, scaled.
 
-        def view(memory: Tensor, at: int, start: int, shape: tuple[int, ...]) -> Tensor:
+        basis, own: the pieces, in the dtype of the values.
+        """
+        linear, starts = self.linears[index], self._layout.starts[index]
+
+        def view(memory: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
             # In one call, since there are many: of the two or three dimensions that there are.
             strides = (math.prod(shape[1:]), *shape[2:], 1)
-            return memory.as_strided(shape, strides, at + start // self.itemsize)
+            at = int(memory.storage_offset()) + start // self.itemsize
+            return memory.as_strided(shape, strides, at)
 
+        owned = zip(starts[1:], linear.own_shapes(), strict=True)
         return [
-            [
-                view(basis, basis_at, starts[0], linear.basis_shape),
-                *(
-                    view(own, own_at, start, shape)
-                    for start, shape in zip(starts[1:], linear.own_shapes(), strict=True)
-                ),
-            ]
-            for linear, starts in zip(self.linears, self._layout.starts, strict=True)
+            view(basis, starts[0], linear.basis_shape),
+            *(view(own, start, shape) for start, shape in owned),
         ]
 
     def views(self, basis: Tensor, own: Tensor, dtype: torch.dtype) -> dict[str, AdaptedLinear]:
         """The linears as they lie in the pieces: scaled, `up` as (N, r, m) read as (N, m, r)."""
-        return {
-            linear.path: AdaptedLinear(
-                basis=parts[0],
-                router=parts[1] if linear.has_router else None,
-                coefficients=parts[-2] if linear.has_coefficients else None,
-                up=parts[-1].transpose(1, 2),
+        basis, own = basis.view(dtype), own.view(dtype)
+        linears = {}
+        for index, linear in enumerate(self.linears):
+            tensors = self.tensors(index, basis, own)
+            linears[linear.path] = AdaptedLinear(
+                basis=tensors[0],
+                router=tensors[1] if linear.has_router else None,
+                coefficients=tensors[-2] if linear.has_coefficients else None,
+                up=tensors[-1].transpose(1, 2),
                 router_input=linear.router_input,
                 top_k=linear.top_k,
                 scaling=1.0,
             )
-            for linear, parts in zip(self.linears, self.tensors(basis, own, dtype), strict=True)
-        }
+        return linears
 
     def headers(self, own: Tensor) -> NDArray[np.int64]:
         """The table of headers, (sites, FIELDS), at the start of the adapter's own piece."""
@@ -226,19 +226,21 @@ def pack(
 
     paths: the linears of the base model in the order of the headers.
     """
+    values = basis.view(dtype), own.view(dtype)
 
-    def write(place: tuple[PackedLinear, list[Tensor]]) -> None:
-        linear, tensors = linears[place[0].path], place[1]
+    def write(index: int) -> None:
+        linear = linears[packed.linears[index].path]
         up, scaling = linear.up, linear.scaling
         if scaling != 1 and torch.promote_types(up.dtype, dtype) != dtype:
             up, scaling = up.float() * scaling, 1  # rounded once, to the dtype it is stored in
         given = (linear.basis, linear.router, linear.coefficients, up.transpose(1, 2))
+        tensors = packed.tensors(index, *values)
         # In one call, for which a thread takes Python's lock once.
         torch._foreach_copy_(tensors, [tensor for tensor in given if tensor is not None])
         if scaling != 1:
             tensors[-1].mul_(scaling)
 
-    for _ in map(write, zip(packed.linears, packed.tensors(basis, own, dtype), strict=True)):
+    for _ in map(write, range(len(packed.linears))):
         pass
     packed.headers(own)[:] = _offsets(packed, paths)
 

@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -57,6 +58,8 @@ class _Load:
         self._stack = ExitStack()
         self.adapter: OpenAdapter | None = None
         self.values: Adapter | None = None
+        self.answer: Packed | None = None
+        """What to say once the values are packed."""
         self.refusal: Answer | None = None
         """Why there are no values."""
 
@@ -66,15 +69,18 @@ class _Load:
         with _time_limit(_MAX_CHECK_SECONDS):
             self.adapter = adapter = self._stack.enter_context(opened)
         dtype = _DTYPES[configuration.dtype]
-        packed = describe("", "", adapter.linears, len(configuration.paths), dtype)
-        return Opened(packed.basis_bytes, packed.own_bytes)
+        self._packed = describe("", "", adapter.linears, len(configuration.paths), dtype)
+        return Opened(self._packed.basis_bytes, self._packed.own_bytes)
 
     def read(self, map: Map) -> None:
         """Read the values, in advance: while the engine finds room for them."""
 
         def work() -> None:
             assert self.adapter is not None
-            self.values = self.adapter.read(map)
+            self.values = values = self.adapter.read(map)
+            key = basis_key(values.linears, values.basis_keys)
+            packed = replace(self._packed, digest=values.digest, basis_key=key)
+            self.answer = Packed(packed, _describe(values))
 
         self.refusal = self.attempt(work)
 
@@ -175,15 +181,14 @@ class _Session:
         self._map = threaded_map(configuration.num_threads)
 
     def _pack(self, load: _Load, command: Pack) -> Packed:
-        adapter = load.values
-        assert adapter is not None
-        paths = self._configuration.paths
-        key = basis_key(adapter.linears, adapter.basis_keys)
-        packed = describe(adapter.digest, key, adapter.linears, len(paths), self._dtype)
+        assert load.values is not None
+        assert load.answer is not None
+        packed = load.answer.packed
         basis = self._memory[command.basis_start :][: packed.basis_bytes]
         own = self._memory[command.own_start :][: packed.own_bytes]
-        pack(packed, adapter.linears, paths, basis, own, self._dtype, self._map)
-        return Packed(packed, _describe(adapter))
+        paths, linears = self._configuration.paths, load.values.linears
+        pack(packed, linears, paths, basis, own, self._dtype, self._map)
+        return load.answer
 
     def _close_load(self) -> None:
         if self._load is not None:

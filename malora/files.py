@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -40,7 +40,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def threaded_map(num_threads: int) -> Map:
     """`map` in so many threads. Each takes the next item by itself: handing one over costs more
-    than reading a small tensor.
+    than reading a small tensor. When it returns or raises, none is at work any more.
     """
     if num_threads == 1:
         return map
@@ -51,12 +51,18 @@ def threaded_map(num_threads: int) -> Map:
         results: list[Any] = [None] * len(items)
         indices = iter(range(len(items)))
 
-        def take(_thread: int) -> None:
-            for index in indices:
-                results[index] = work(items[index])
+        def take() -> None:
+            try:
+                for index in indices:
+                    results[index] = work(items[index])
+            finally:  # where it failed, the others stop as well
+                for _ in indices:
+                    pass
 
-        for _ in pool.map(take, range(num_threads)):
-            pass
+        threads = [pool.submit(take) for _ in range(num_threads)]
+        wait(threads)
+        for thread in threads:
+            thread.result()
         return results
 
     return run

@@ -3,9 +3,11 @@
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -360,6 +362,29 @@ def test_threads_keep_the_order_and_tell_of_errors(num_threads: int, count: int)
             list(work_in_threads(lambda x: 1 / (x - count + 1), range(count)))
 
 
+def test_an_error_is_told_when_no_thread_is_at_work_any_more() -> None:
+    """Or it would go on writing to a memory that is used again."""
+    both, let_go = Barrier(2), Event()
+    begun, ended = [], []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        both.wait(10)
+        if item == 0:
+            raise ValueError
+        let_go.wait(10)
+        ended.append(item)
+
+    with ThreadPoolExecutor() as pool:
+        told = pool.submit(lambda: files.threaded_map(2)(work, range(100)))
+        with pytest.raises(TimeoutError):
+            told.result(timeout=0.05)
+        let_go.set()
+        assert isinstance(told.exception(), ValueError)
+    assert sorted(begun) == [0, 1]
+    assert ended == [1]
+
+
 def header(document: Any, data: bytes = b"") -> bytes:
     text = document if isinstance(document, bytes) else json.dumps(document).encode()
     return len(text).to_bytes(8, "little") + text + data
@@ -456,6 +481,20 @@ def test_values_that_are_not_finite(tmp_path: Path, value: float, dtype: torch.d
     code, message = code_of(tmp_path / "mine")
     assert code == "adapter_not_finite"
     assert name in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_value_hides_among_others(dtype: torch.dtype) -> None:
+    """Whatever vectors the processor takes them in."""
+    for size in (*range(1, 70), 1000):
+        values = torch.randn(size).to(dtype)
+        assert files._is_finite(values)
+        for at in {*range(min(size, 70)), size - 1}:
+            for value in (float("nan"), float("inf"), float("-inf")):
+                before = values[at].item()
+                values[at] = value
+                assert not files._is_finite(values)
+                values[at] = before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -146,6 +146,8 @@ class OpenAdapter:
         self._config, self.linears = _interpret(document, weights.tensors)
         """By path, of tensors without values."""
         check_adapter(self._config, self.linears, base)
+        self._verified: Mapping[str, str] | None = None
+        """`Adapter.basis_keys` of the bases last found to be those of the configuration."""
 
     def is_of(
         self, document: Mapping[str, Any], weights: Weights, base: BaseModelSpec | None
@@ -159,8 +161,9 @@ class OpenAdapter:
         Raises AdapterFormatError: adapter_file_invalid, adapter_not_finite, adapter_basis_mismatch.
         """
         digests = self.weights.read(map)
+        adapter = Adapter.of(self._config, self.linears, lambda tensor: digests[tensor.data_ptr()])
         expected = self._config.basis_digest
-        if expected is not None:
+        if expected is not None and adapter.basis_keys != self._verified:
             bases = {path: linear.basis for path, linear in self.linears.items()}
             if basis_digest(bases, map) != expected:
                 raise AdapterFormatError(
@@ -168,7 +171,8 @@ class OpenAdapter:
                     f"Field basis_digest of {CONFIG_NAME} does not belong to the basis in "
                     f"{WEIGHTS_NAME}: the two files come from different adapters.",
                 )
-        return Adapter.of(self._config, self.linears, lambda tensor: digests[tensor.data_ptr()])
+            self._verified = adapter.basis_keys
+        return adapter
 
 
 def load_adapter(

@@ -289,7 +289,6 @@ def test_what_is_used_again_is_what_would_be_found_anew(folder: Path) -> None:
     """Of adapters that are opened one after the other, each in the last one's memory."""
     base = BaseModelSpec.from_model(llama())
     basis = f"base_model.model.{Q}.malora_basis"
-    change_config(folder, basis_digest=None)
     last = None
     reused = []
 
@@ -319,6 +318,12 @@ def test_what_is_used_again_is_what_would_be_found_anew(folder: Path) -> None:
         assert caught.value.code == code
 
     first = follows()
+    change_tensors(folder, lambda t: t[f"base_model.model.{Q}.malora_up"].mul_(2))
+    assert follows().digest != first.digest
+    change_tensors(folder, lambda t: t[basis].mul_(2))
+    is_refused()
+    change_config(folder, basis_digest=None)
+    first = follows()
     change_tensors(folder, lambda t: t[basis].mul_(2))
     assert follows().digest != first.digest
     change_tensors(folder, lambda t: t[basis][0, :1].fill_(torch.nan))
@@ -342,6 +347,8 @@ def test_what_is_used_again_is_what_would_be_found_anew(folder: Path) -> None:
     is_refused()
     assert reused == [
         (None, False),
+        (True, True),
+        (True, False),
         (True, True),
         (True, True),
         (True, False),

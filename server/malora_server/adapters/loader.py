@@ -44,7 +44,7 @@ _NICENESS = 10
 """Steps come first; but where they leave no core idle, it still gets a tenth of one."""
 _MAX_CHECK_SECONDS = 10.0
 """Of the processor's time, for an adapter's headers: others wait for it."""
-_KEPT_BYTES = 256 * 2**20
+_KEPT_BYTES = 512 * 2**20
 """Of the memory that an adapter was read to: for the next one, which then takes no new pages."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -27,13 +27,7 @@ def hub(adapters):
         def do_GET(self):
             path = urlsplit(self.path).path
             body = files.get(path.removeprefix(f"/org/name/resolve/{COMMIT}/"))
-            if path.startswith("/api/models/org/name/tree"):
-                entries = [
-                    {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40}
-                    for name in FILES
-                ]
-                body = json.dumps(entries).encode()
-            elif path.startswith("/api/models/org/name"):
+            if path.startswith("/api/models/org/name"):
                 siblings = [{"rfilename": name, "size": len(files[name])} for name in FILES]
                 body = json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode()
             self.send_response(404 if body is None else 200)

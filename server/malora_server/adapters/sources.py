@@ -133,6 +133,13 @@ def _parse(source: str) -> tuple[_Finder, re.Match[str]]:
 def _find_on_hub(match: re.Match[str], stack: ExitStack) -> dict[str, _RemoteFile]:
     from huggingface_hub import HfApi, HfFileSystem
 
+    class Files(HfFileSystem):
+        """Of paths that are known to be files."""
+
+        def isdir(self, path: str) -> bool:  # noqa: ARG002 (fsspec's name)
+            """No: finding that out lists the repository's tree, with no limit on the time."""
+            return False
+
     repo = match["repo"]
     revision = unquote(match["revision"]) if match["revision"] else None
     info = HfApi().model_info(
@@ -140,7 +147,7 @@ def _find_on_hub(match: re.Match[str], stack: ExitStack) -> dict[str, _RemoteFil
     )
     sizes = {entry.rfilename: entry.size for entry in info.siblings or ()}
     files = {}
-    hub = HfFileSystem(skip_instance_cache=True, use_listings_cache=False)
+    hub = Files(skip_instance_cache=True, use_listings_cache=False)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         path = f"{match['folder']}/{name}" if match["folder"] else name
         size = sizes.get(path)
@@ -252,7 +259,7 @@ def _source_errors(source: str) -> Iterator[None]:
             ) from None
         if isinstance(error, PermissionError) or status in (401, 403):
             reason = "it refuses this server's credentials"
-        elif isinstance(error, TimeoutError):
+        elif isinstance(error, TimeoutError) or "Timeout" in kind:  # or an HTTP library's own
             reason = "it takes too long"
         elif isinstance(error, EOFError):
             reason = "it sent more or less of a file than it announced"

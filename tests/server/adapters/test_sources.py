@@ -38,6 +38,9 @@ class Remote(ThreadingHTTPServer):
         self.status = 200
         self.requests: list[str] = []
         self.before_bytes: Callable[[], None] = lambda: None
+        self.silent = "nothing"
+        """Requests with this in their path get no answer, until `heard` is set."""
+        self.heard = threading.Event()
 
     @property
     def url(self) -> str:
@@ -53,6 +56,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests.append(f"{self.command} {self.path}")
+        if self.server.silent in self.path:
+            self.server.heard.wait()
+            return
         if self.server.status != 200:
             self.reply(self.server.status, b'{"error": "no"}')
             return
@@ -84,15 +90,6 @@ class Handler(BaseHTTPRequestHandler):
 
 class HubHandler(Handler):
     def answer(self, path: str) -> None:
-        if match := re.fullmatch(rf"api/models/org/name/tree/{self.server.commit}(/.+)?", path):
-            folder = (match[1] or "").strip("/")
-            entries = [
-                {"type": "file", "path": name, "size": len(body), "oid": "0" * 40}
-                for name, body in self.server.files.items()
-                if name.rpartition("/")[0] == folder
-            ]
-            self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
-            return
         if match := re.fullmatch(r"api/models/org/name(?:/revision/(.+))?", path):
             if match[1] not in (None, "v1", "refs/pr/2", self.server.commit):
                 self.reply(404, b"{}", X_Error_Code="RevisionNotFound")
@@ -136,6 +133,7 @@ def serve() -> Iterator[Callable[[type[Handler]], Remote]]:
 
     yield start
     for server in servers:
+        server.heard.set()
         server.shutdown()
         server.server_close()
 
@@ -350,6 +348,32 @@ def test_a_file_that_changes_while_it_is_read(s3, tmp_path):
     s3.before_bytes = lambda: None
     fetched = fetch_adapter("s3://bucket/team/mine", tmp_path)
     assert (fetched.folder / "adapter_model.safetensors").read_bytes() == bytes(reversed(WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    "silent", ["/api/models/org/name?", "/revision/", "/adapter_config", "/adapter_model"]
+)
+def test_a_hub_that_never_answers(hub, tmp_path, monkeypatch, silent):
+    hub.silent = silent
+    with monkeypatch.context() as shorter:
+        shorter.setattr(sources, "_REQUEST_SECONDS", 0.2)
+        for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+            assert 0 < getattr(huggingface_hub.constants, name) <= 10
+            shorter.setattr(huggingface_hub.constants, name, 0.2)
+        error = failure("hf://org/name", tmp_path)
+    assert error.code == "adapter_source_unavailable"
+    assert "too long" in str(error)
+    assert any(silent in request for request in hub.requests)
+    # There is no request beside these, so none without a limit.
+    hub.silent = "nothing"
+    hub.requests.clear()
+    fetch_adapter("hf://org/name", tmp_path)
+    assert [request for request in hub.requests if "org/name" in request] == [
+        "GET /api/models/org/name?blobs=true",
+        f"GET /api/models/org/name/revision/{COMMIT}",
+        f"GET /org/name/resolve/{COMMIT}/adapter_config.json",
+        f"GET /org/name/resolve/{COMMIT}/adapter_model.safetensors",
+    ]
 
 
 def test_a_source_that_trickles(hub, tmp_path, monkeypatch):

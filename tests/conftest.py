@@ -16,6 +16,10 @@ from hypothesis import strategies as st
 # Before anything imports torch or triton, which read the environment once.
 import malora  # noqa: F401  for what it sets; see there
 
+# The same examples in every run; a slow machine fails nothing.
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("suite")
+
 if not os.path.exists("/dev/nvidiactl"):  # no GPU: its kernels run in Triton's interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -71,12 +75,7 @@ def _fuzz(
 ) -> int:
     num_done = 0
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(_requests(document, method, path, models))
     def send(request: MadeUp) -> None:
         nonlocal num_done

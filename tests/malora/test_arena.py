@@ -61,7 +61,7 @@ class Ranges(RuleBasedStateMachine):
 
 
 TestRanges = Ranges.TestCase
-TestRanges.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestRanges.settings = settings(stateful_step_count=40)
 
 
 def test_the_smallest_hole_that_fits_is_taken():

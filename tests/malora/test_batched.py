@@ -81,7 +81,7 @@ def expected(x, out, runs, linears, sites=GROUP.sites):
     return want
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     specs=adapters_strategy,
     counts=st.lists(
@@ -194,7 +194,7 @@ def test_half_precision_inputs_are_widened():
     assert 0 < error < 0.01
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     specs=adapters_strategy,
     counts=st.lists(st.tuples(st.integers(1, 20), st.integers(-1, 4)), min_size=1, max_size=4),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
@@ -140,7 +140,6 @@ def _adapters(draw: st.DrawFn) -> Adapter:
     return Adapter.of(config, linears)
 
 
-@settings(max_examples=60)
 @given(st.lists(st.tuples(_adapters(), st.floats(-3, 3)), min_size=1, max_size=4))
 def test_it_is_the_weighted_sum_of_the_reference_in_float64(
     parts: Sequence[tuple[Adapter, float]],

@@ -419,9 +419,7 @@ def test_a_malformed_header(folder: Path, content: bytes) -> None:
     assert code_of(folder)[0] == "adapter_file_invalid"
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 900), st.binary(min_size=1, max_size=12))
 def test_damage_is_an_error_or_another_adapter_but_no_crash(
     folder: Path, offset: int, noise: bytes

@@ -19,11 +19,7 @@ from malora import MaloraConfig
 from malora.format import AdapterFormatError, BaseModelSpec, load_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FUZZ = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 SPARE_BYTES = 256 * 2**20
 """What loading may take beyond what the process has; the folders hold less than 100 kB."""
 

@@ -56,7 +56,7 @@ linears = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(linears, st.integers(1, 4))
 def test_dense_delta_is_the_reference(linear: AdaptedLinear, tokens: int) -> None:
     x = torch.randn(tokens, 7, dtype=torch.float64)

@@ -46,7 +46,7 @@ def resident(capacity=1 << 16, dtype=torch.float32):
     return ResidentAdapters(GROUPS, dtype, torch.full((capacity,), 255, dtype=torch.uint8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(["lora", "malora", "malora-basis"]),
     paths=st.sampled_from(["q", "o", "vq", "oqv"]),
@@ -92,7 +92,6 @@ def test_what_lies_on_the_device_is_the_adapter_scaled(kind, paths, saved, serve
     assert not any(got.headers[adapters.paths.index(path)].any() for path in absent)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     ops=st.lists(
         st.tuples(st.sampled_from(["lora", "malora"]), st.integers(0, 2), st.booleans()),

@@ -68,7 +68,6 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.binary(max_size=40) | st.just(GOOD.strip()), max_size=5))
-@settings(max_examples=60, deadline=None)
 def test_any_bytes_give_records_or_a_data_error(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
 ) -> None:
@@ -165,7 +164,7 @@ def test_loss_is_that_of_plain_labels_and_ignores_padding(tiny_base: Path) -> No
     accumulation=st.integers(1, 4),
     epoch=st.integers(0, 3),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_batches_cover_every_example_once(
     lengths: list[int], batch_size: int, accumulation: int, epoch: int
 ) -> None:

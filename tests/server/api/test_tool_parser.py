@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from malora_server.api.tool_parser import FORMATS, CallPiece, ToolCallParser
@@ -93,7 +93,6 @@ def test_what_a_text_becomes(format, text, content, calls):
     case=st.sampled_from(CASES),
     cuts=st.sets(st.integers(0, 120), max_size=12),
 )
-@settings(deadline=None)
 def test_cuts_make_no_difference(case, cuts):
     format, text, content, calls = case
     at = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
@@ -118,7 +117,6 @@ values = st.recursive(
     size=st.integers(1, 9),
     ascii=st.booleans(),
 )
-@settings(deadline=None)
 def test_written_calls_are_read_back(format, calls, size, ascii):
     wanted = [(name, json.dumps(arguments, ensure_ascii=ascii)) for name, arguments in calls]
     text = format.separator.join(format.write(name, arguments) for name, arguments in wanted)

@@ -226,7 +226,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(requests, st.integers(8, 30), st.integers(1, 5), st.integers(1, 16))
 def test_everything_finishes_and_no_place_is_idle_while_someone_could_run(
     todo, num_blocks, max_num_seqs, budget
@@ -255,7 +255,7 @@ def test_everything_finishes_and_no_place_is_idle_while_someone_could_run(
     assert all(seq.num_output_tokens == seq.sampling.max_tokens for seq in seqs)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     st.integers(1, 6),
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=2, max_size=4),

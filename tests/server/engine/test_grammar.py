@@ -54,7 +54,7 @@ def allowed(made: Grammars, *matchers: Matcher) -> list[set[int]]:
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(choices=st.lists(texts, min_size=1, max_size=5), data=st.data())
 def test_a_mask_allows_tokens_that_continue_a_choice_and_its_end_where_it_is_whole(
     backend, base_grammars, choices, data
@@ -359,7 +359,7 @@ schemas = st.recursive(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.lists(schemas, min_size=1, max_size=5),
     seed=st.integers(0, 2**31),

@@ -250,7 +250,7 @@ sampling_params = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     rows=st.lists(
         st.tuples(sampling_params, st.lists(st.integers(0, 600), max_size=5)),

@@ -462,7 +462,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.manager.num_free_blocks == self.manager.num_blocks
 
 
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
-)
+SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestScheduler = SchedulerMachine.TestCase

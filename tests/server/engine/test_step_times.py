@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from malora_server.engine.step_times import StepTimes
@@ -13,7 +13,6 @@ def fed(sizes, seconds):
     return times.fixed_tokens
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.floats(1e-4, 1.0), st.floats(1e-6, 1e-2), st.integers(0, 2**32 - 1), st.floats(0.001, 1000)
 )

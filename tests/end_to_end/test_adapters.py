@@ -1,6 +1,7 @@
 """Adapters that come, change and go while the server runs, through the SDK."""
 
 import asyncio
+import contextlib
 import json
 import shutil
 import time
@@ -240,11 +241,11 @@ def test_compare_and_swap(own: Client) -> None:
 
 
 async def test_one_change_of_a_name_at_a_time(own_url: str) -> None:
-    engines = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "malora_server.engine.process" in process.cmdline()
-    ]
+    engines = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that has ended
+            if "malora_server.engine.process" in process.cmdline():
+                engines.append(process)
     async with AsyncClient(base_url=own_url, max_retries=0) as client:
         changes = [client.adapters.load("lora") for _ in range(4)]
         tasks = [asyncio.ensure_future(each) for each in [*changes, client.adapters.unpin("lora")]]

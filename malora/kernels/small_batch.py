@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -48,6 +49,8 @@ _ROUTE_ROWS = 16
 _COLUMNS = 1024
 _SHARED_COLUMNS = 128
 """Columns of up-projections that a program adds for one token, and for several."""
+_FEW_PROMPTS = 16
+"""How many a step has at most, for a captured plan: each may leave a piece that is not whole."""
 _CHUNK = 64
 """Products and weights lie in whole chunks, of several times _ROUTE_ROWS."""
 
@@ -96,27 +99,50 @@ def _max_parts(n: int) -> int:
     return max(triton.cdiv(n, _PART), triton.cdiv(n, _shared_part(n)))
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """Which mixes a plan's launches are for: how many tokens at most read or add something alone,
+    and how many pieces, of tokens that share it, are taken together.
+    """
+
+    alone: int
+    shared: int
+
+    @classmethod
+    def of_any(cls, num_tokens: int) -> Capacity:
+        """Every mix."""
+        return cls(num_tokens, num_tokens)
+
+    @classmethod
+    def of_prompts(cls, num_tokens: int, num_sequences: int) -> Capacity:
+        """Some prompts among so many sequences, the others of a token each."""
+        return cls(num_sequences, num_tokens // _TOKENS + _FEW_PROMPTS)
+
+
 class SmallBatchPlan:
     """The adapters of up to MAX_TOKENS tokens, made beside the base products.
 
-    A plan may be loaded again with another mix of as many tokens; one for any mix, also after its
-    kernels were captured in a graph.
+    A plan may be loaded again with another mix of as many tokens; one with a capacity, also after
+    its kernels were captured in a graph.
     """
 
     separate = True
 
-    def __init__(self, num_tokens: int, adapters: ResidentAdapters, any_mix: bool = False) -> None:
-        """any_mix: launch as many programs as any mix may need, not just the one loaded."""
+    def __init__(
+        self, num_tokens: int, adapters: ResidentAdapters, capacity: Capacity | None = None
+    ) -> None:
+        """capacity: launch as many programs as its mixes may need, not just the one loaded."""
         self.routing: Routing | None = None
         self.num_tokens = num_tokens
-        self._any_mix = any_mix
+        self._capacity = capacity
         self._totals: list[int] = []
         device = adapters.device
         self._sizes = adapters.sizes
-        self._max_blocks = num_tokens * (
-            triton.cdiv(self._sizes.basis_dim, _READ_ROWS)
-            + triton.cdiv(self._sizes.num_experts, _READ_ROWS)
+        self._blocks_of_a_read = triton.cdiv(self._sizes.basis_dim, _READ_ROWS) + triton.cdiv(
+            self._sizes.num_experts, _READ_ROWS
         )
+        self._max_blocks = num_tokens * self._blocks_of_a_read
+        self._other_pieces = triton.cdiv(num_tokens, _TOKENS)
         length = (
             NUM_TOTALS.value + NUM_ROWS.value * num_tokens + NUM_BLOCK_ROWS.value * self._max_blocks
         )
@@ -128,14 +154,18 @@ class SmallBatchPlan:
         self._scratch: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._stream = side_stream(device) if device.type == "cuda" else None
 
-    def load(self, runs: Sequence[Run]) -> None:
-        """Set which tokens are whose."""
+    def load(self, runs: Sequence[Run]) -> bool:
+        """Set which tokens are whose; False where the mix is beyond the plan's capacity."""
         table = plan_table(runs, self.num_tokens, self._max_blocks)
-        self._totals = table[: NUM_TOTALS.value - 1].tolist()
+        totals = table[: NUM_TOTALS.value - 1].tolist()
+        if not self._fits(*totals):
+            return False
+        self._totals = totals
         host = torch.from_numpy(table)
         if self._stream is not None:
             host = host.pin_memory()
         self._table.copy_(host, non_blocking=True)
+        return True
 
     def start(self) -> None:
         """Forget what arrived in the last step."""
@@ -193,16 +223,38 @@ class SmallBatchPlan:
     def _num_programs(self, group: Group, chunks: int) -> int:
         sites = len(group.sites)
         parts, shared_parts, tiles, shared_tiles = _divisions(group)
-        if not self._any_mix:
+        if self._capacity is None:
             blocks, shared_blocks, routed, adds, shared_adds = self._totals
             reads = (blocks * parts + shared_blocks * shared_parts) * sites
             return reads + routed * sites * chunks + adds * tiles + shared_adds * shared_tiles
-        # What is shared has _TOGETHER tokens or more, but for one item of tokens without adapter.
         return (
-            self._max_blocks * sites * max(parts, -(-shared_parts // _TOGETHER))
+            self._most(parts, shared_parts) * self._blocks_of_a_read * sites
             + self.num_tokens * sites * chunks
-            + self.num_tokens * max(tiles, -(-shared_tiles // _TOGETHER))
+            + self._most(tiles, shared_tiles, self._other_pieces)
             + shared_tiles
+        )
+
+    def _most(self, alone: int, shared: int, others: int = 0) -> int:
+        """The programs of the mix that takes most, where what is alone takes `alone` and a piece
+        `shared`; others: pieces of tokens without adapter. A piece has _TOGETHER tokens or more,
+        but for one of those.
+        """
+        capacity = self._capacity
+        assert capacity is not None
+        return min(
+            self.num_tokens * max(alone, -(-shared // _TOGETHER)),
+            capacity.alone * alone + (capacity.shared + others) * shared,
+        )
+
+    def _fits(
+        self, blocks: int, shared_blocks: int, _routed: int, adds: int, shared_adds: int
+    ) -> bool:
+        capacity = self._capacity
+        return capacity is None or (
+            blocks <= capacity.alone * self._blocks_of_a_read
+            and shared_blocks <= capacity.shared * self._blocks_of_a_read
+            and adds <= capacity.alone
+            and shared_adds <= capacity.shared + self._other_pieces
         )
 
     def _buffers(self, x: Tensor, parts: int, sites: int) -> tuple[Tensor, Tensor, Tensor]:

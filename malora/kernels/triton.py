@@ -50,7 +50,12 @@ ORDER, READ_START, READ_COUNT, READ_HEADER, ADD_START, ADD_COUNT, ADD_HEADER = (
 _TABLE_ROWS = 7
 
 
-@triton.jit
+# What differs from batch to batch or from layer to layer: a kernel for each kind of number would
+# be compiled when it is first met, while everybody waits.
+_UNSPECIALIZED = ("first_site", "num_tokens", "num_sites", "taken_stride", "blocks", "parts")
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _project(
     x,
     h,
@@ -73,6 +78,8 @@ def _project(
     part = tl.program_id(2) // blocks
     block = tl.program_id(2) % blocks
     header = tl.load(table + READ_HEADER * num_tokens + item)
+    if header == 0:
+        return
     row = header_row(header, first_site + site)
     source = tl.load(row + BASIS)
     if source == 0:
@@ -116,7 +123,7 @@ def _project(
     tl.store(to + at[:, None] + rows[None, :], sums, mask=mine[:, None] & (rows < total)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _route(
     h,
     c,
@@ -133,12 +140,14 @@ def _route(
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     DIMS: tl.constexpr,
-    COUNT: tl.constexpr,
 ):
     """The weights of tokens' up-projection rows: gate of the row's expert · the coordinate."""
     item = tl.program_id(0)
     site = tl.program_id(1)
-    row = header_row(tl.load(table + ADD_HEADER * num_tokens + item), first_site + site)
+    header = tl.load(table + ADD_HEADER * num_tokens + item)
+    if header == 0:
+        return
+    row = header_row(header, first_site + site)
     if tl.load(row + BASIS) == 0:
         return
     count = tl.load(row + NUM_EXPERTS)
@@ -199,10 +208,9 @@ def _route(
     rank = tl.sum(before.to(tl.int32), 2)
     weights = tl.where(rank < top_k, tl.exp(logits - tl.max(logits, 1)[:, None]), 0.0)
     gates = weights / tl.sum(weights, 1)[:, None]
-    if COUNT:  # noqa: SIM102 - a constant of the compilation
-        if count > 1:
-            to = taken + tokens[:, None] * taken_stride + experts[None, :]
-            tl.atomic_add(to, gates, mask=mine[:, None] & (experts < count)[None, :])
+    if (taken_stride != 0) & (count > 1):
+        to = taken + tokens[:, None] * taken_stride + experts[None, :]
+        tl.atomic_add(to, gates, mask=mine[:, None] & (experts < count)[None, :])
 
     for first in range(0, count * r, ROWS):
         rows = first + tl.arange(0, ROWS)
@@ -233,7 +241,7 @@ def _route(
         tl.store(to, weighted, mask=mine[:, None] & (rows < c_width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _expand(
     out,
     c,
@@ -258,6 +266,8 @@ def _expand(
     vector: tl.constexpr = ALIGNMENT * 8 // dtype.primitive_bitwidth
     site, offset, start, width = site_tile(tile, width_0, width_1, width_2, COLUMNS, vector)
     header = tl.load(table + ADD_HEADER * num_tokens + item)
+    if header == 0:
+        return
     row = header_row(header, first_site + site)
     if tl.load(row + BASIS) == 0:
         return
@@ -302,32 +312,42 @@ _CHUNK = 64
 class LargeBatchPlan:
     """The adapters of many tokens: which tokens are whose, and scratch memory.
 
-    Its launches follow the mix it was loaded with: it is not to be captured in a graph.
+    A plan may be loaded again with another mix of as many tokens; one for a number of sequences,
+    also after its kernels were captured in a graph.
     """
 
     separate = False
 
-    def __init__(self, num_tokens: int, adapters: ResidentAdapters) -> None:
+    def __init__(
+        self, num_tokens: int, adapters: ResidentAdapters, num_sequences: int | None = None
+    ) -> None:
+        """num_sequences: launch as many programs as any mix of so many sequences may need."""
         self.routing: Routing | None = None
         self.num_tokens = num_tokens
         device = adapters.device
         self._num_reads = self._num_adds = 0
+        self._is_exact = num_sequences is None
+        if num_sequences is not None:
+            items = triton.cdiv(num_tokens, _TOKENS) + num_sequences
+            self._num_reads = self._num_adds = min(items, num_tokens)
         self._table = torch.zeros((_TABLE_ROWS, num_tokens), dtype=torch.int64, device=device)
         self._dtype = adapters.dtype
         self._sizes = adapters.sizes
         self._scratch: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._stream = side_stream(device) if device.type == "cuda" else None
 
-    def load(self, runs: Sequence[Run]) -> None:
-        """Set which tokens are whose."""
+    def load(self, runs: Sequence[Run]) -> bool:
+        """Set which tokens are whose; always possible."""
         table = batch_table(runs, self.num_tokens)
-        self._num_reads, self._num_adds = np.count_nonzero(
-            table[[READ_HEADER.value, ADD_HEADER.value]], axis=1
-        ).tolist()
+        if self._is_exact:
+            self._num_reads, self._num_adds = np.count_nonzero(
+                table[[READ_HEADER.value, ADD_HEADER.value]], axis=1
+            ).tolist()
         host = torch.from_numpy(table)
         if self._stream is not None:
             host = host.pin_memory()
         self._table.copy_(host, non_blocking=True)
+        return True
 
     def start(self) -> None:
         """Nothing is kept from step to step."""
@@ -410,7 +430,6 @@ class LargeBatchPlan:
             EXPERTS=max(16, triton.next_power_of_2(self._sizes.num_experts)),
             ROWS=_CHUNK,
             DIMS=32,
-            COUNT=taken is not None,
             num_warps=8,
         )
 

@@ -15,7 +15,7 @@ from malora.kernels import reference, triton
 from malora.kernels.batched import Routing, Run, plan_batch
 from malora.kernels.cpu import DENSE_TOKENS
 from malora.kernels.resident import Group, ResidentAdapters, Site
-from malora.kernels.small_batch import SmallBatchPlan
+from malora.kernels.small_batch import Capacity, SmallBatchPlan
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,10 +199,11 @@ def test_half_precision_inputs_are_widened():
     specs=adapters_strategy,
     counts=st.lists(st.tuples(st.integers(1, 20), st.integers(-1, 4)), min_size=1, max_size=4),
     sizes=st.sampled_from([(24, 20, 12, 12), (32, 24, 16, 16), (40, 600, 8, 8), (1040, 24, 16, 8)]),
-    form=st.sampled_from(["small", "small, any mix", "large"]),
+    form=st.sampled_from(["small", "small, any mix", "small, prompts", "large", "large, any mix"]),
+    num_sequences=st.integers(1, 40),
     seed=st.integers(0, 2**31),
 )
-def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, seed):
+def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, num_sequences, seed):
     n, *widths = sizes
     starts = [sum(widths[:i]) for i in range(3)]
     sites = [Site(*site) for site in zip("qkv", starts, widths, strict=True)]
@@ -229,18 +230,27 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, seed):
     want = expected(x, out, runs, linears, sites)
     # Batches of prompts take another form than decoding ones; few tokens do here, to be quick.
     with mock.patch.object(triton, "_PART", 512):
-        if form == "large":
-            plan = triton.LargeBatchPlan(position, adapters)
+        if form.startswith("large"):
+            many = 4 if form == "large, any mix" else None
+            plan = triton.LargeBatchPlan(position, adapters, many)
         else:
-            plan = SmallBatchPlan(position, adapters, any_mix=form == "small, any mix")
+            capacity = {
+                "small, any mix": Capacity.of_any(position),
+                "small, prompts": Capacity.of_prompts(position, num_sequences),
+            }
+            plan = SmallBatchPlan(position, adapters, capacity.get(form))
         plan.routing = Routing(position, 2, 5, GPU)
-        plan.load([Run(a, b, residents[i]) for a, b, i in runs if i is not None])
+        runs_of = [Run(a, b, residents[i]) for a, b, i in runs if i is not None]
+        if not plan.load(runs_of):
+            assert form == "small, prompts"
+            assert num_sequences < sum(run.stop - run.start for run in runs_of)
+            return
         taken = plan.routing.gates
         for _ in range(2):  # a plan serves step after step
             taken.zero_()
             plan.start()
             got, delta = plan.apply(x.to(GPU), group, lambda _linear: out.clone().to(GPU))
-            assert plan.separate == (form != "large") == (delta is not None)
+            assert plan.separate == (not form.startswith("large")) == (delta is not None)
             got = got if delta is None else got + delta
             torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-4)
     assert not taken[:, 1].any()

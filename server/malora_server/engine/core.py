@@ -23,7 +23,6 @@ from llguidance import LLMatcher
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from malora.kernels.batched import Routing
 from malora_server.adapters.store import AdapterError, News, StoredAdapter
 from malora_server.engine.adapter_memory import device_capacity, host_capacity, make_store
 from malora_server.engine.config import EngineConfig
@@ -107,9 +106,9 @@ class _Gates:
     layers: Tensor
 
     @classmethod
-    def of(cls, routing: Routing, rows: list[int]) -> _Gates:
-        """rows: the step's tokens that are asked for."""
-        gates = routing.gates[rows]
+    def of(cls, taken: Tensor, rows: list[int]) -> _Gates:
+        """taken: the gates of all the step's tokens. rows: those that are asked for."""
+        gates = taken[rows]
         mean = gates.sum(1)
         return cls(
             mean / mean.sum(-1, keepdim=True).clamp_min(1e-20),
@@ -553,17 +552,17 @@ class EngineCore:
         )
         routed = watched or any(seq.sampling.routing is not None for seq in sequences)
         token_ids = None if self._in_flight is None else self._in_flight.token_ids
-        logits, routing = self._runner.run(inputs, wanted, routed, token_ids)
+        logits, taken = self._runner.run(inputs, wanted, routed, token_ids)
         for chunk, rows in prompts:
             self._keep_prompt_logprobs(chunk, logits[rows])
         if prompts:
             logits = logits[torch.tensor(sampled_rows, device=logits.device, dtype=torch.int64)]
         sampled = self._sampler.sample(logits, sequences) if sequences else None
-        gates = None if routing is None else _Gates.of(routing, sampled_at)
+        gates = None if taken is None else _Gates.of(taken, sampled_at)
         sums = None
-        if watched and routing is not None:
+        if watched and taken is not None:
             sums = RoutedChunks.of(
-                routing,
+                taken,
                 [chunk.seq.tenant for chunk in chunks],
                 [each.adapter for each in inputs],
                 [chunk.num_tokens for chunk in chunks],

@@ -11,7 +11,6 @@ from itertools import pairwise, starmap
 import torch
 from torch import Tensor
 
-from malora.kernels.batched import Routing
 from malora.kernels.resident import ResidentAdapter
 from malora_server.engine.messages import (
     LAYER_GROUPS,
@@ -41,14 +40,17 @@ class RoutedChunks:
     @classmethod
     def of(
         cls,
-        routing: Routing,
+        taken: Tensor,
         names: Sequence[str | None],
         adapters: Sequence[ResidentAdapter | None],
         num_tokens: Sequence[int],
     ) -> RoutedChunks:
-        """By chunk, in the order of the step's tokens. Waits for no device."""
-        totals = routing.gates.sum(-1, keepdim=True)
-        gates = routing.gates / totals.clamp_min(1e-20)
+        """By chunk, in the order of the step's tokens. Waits for no device.
+
+        taken: (T, layers, N), every token's gates, summed over the linears of a layer.
+        """
+        totals = taken.sum(-1, keepdim=True)
+        gates = taken / totals.clamp_min(1e-20)
         device = gates.device
         chunks = torch.repeat_interleave(torch.arange(len(names)), torch.tensor(num_tokens))
         if device.type == "cuda":

@@ -8,7 +8,7 @@ right when the next step's is loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from malora_server.model.attention import LARGEST, LayerCache
+from malora_server.model.pieces import PiecewiseGraph
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
@@ -153,6 +154,8 @@ class FlashStep:
 
     def __init__(self, device: torch.device, graph: tuple[int, int] | None = None) -> None:
         """graph: the number of tokens, one a sequence, and most blocks, that a graph captures."""
+        self.pieces: PiecewiseGraph | None = None
+        """What captures a forward pass now, but for its attention."""
         self._device = device
         self._graph = graph
         self._wrappers: dict[_Kind, Any] = {}
@@ -185,14 +188,21 @@ class FlashStep:
         kind = _Kind(
             query.shape[1], kv_heads, head_dim, block_size, query.dtype, scale, window, softcap
         )
-        wrapper = self._wrappers.get(kind)
-        if wrapper is None:
-            wrapper = self._wrappers[kind] = self._wrapper()
-            self._plan(wrapper, kind)
+        if kind not in self._wrappers:
+            self._wrappers[kind] = self._wrapper()
+            self._plan(self._wrappers[kind], kind)
         # Of the shape's own strides: the query's, whose they would be, depend on what made it.
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        wrapper.run(query, (cache.keys, cache.values), out=out)
+        if self.pieces is None:
+            self._run(kind, cache, query, out)
+        else:
+            self.pieces.between(partial(self._run, kind, cache), query, out)
         return out
+
+    def _run(self, kind: _Kind, cache: LayerCache, query: Tensor, out: Tensor) -> None:
+        assert self._pages is not None
+        count = int(self._pages.tokens[-1])  # of the rows; a graph may have more
+        self._wrappers[kind].run(query[:count], (cache.keys, cache.values), out=out[:count])
 
     def _wrapper(self) -> Any:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper  # takes seconds to import
@@ -229,6 +239,8 @@ class FlashStep:
             kind.head_dim,
             kind.block_size,
             causal=True,
+            # Of use to other backends alone; FlashInfer would look for it tensor by tensor.
+            max_token_per_sequence=int(pages.tokens[-1]),
             sm_scale=kind.scale,
             window_left=-1 if kind.window is None else kind.window - 1,
             logits_soft_cap=kind.softcap,

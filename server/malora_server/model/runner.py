@@ -68,16 +68,22 @@ class ModelRunner:
         self._graphs = None
         if _takes_flash(loaded):
             from malora_server.model.flash import FlashStep
-            from malora_server.model.graphs import DecodeGraphs
+            from malora_server.model.graphs import StepGraphs
 
             self._flash = FlashStep(loaded.device)
-            max_blocks = -(-max_model_len // block_size)
-            self._graphs = DecodeGraphs(
-                loaded, adapters, self._attention, max_num_seqs, max_blocks, num_blocks, block_size
+            self._graphs = StepGraphs(
+                loaded,
+                adapters,
+                self._attention,
+                self._flash,
+                max_num_seqs,
+                -(-max_model_len // block_size),
+                num_blocks,
+                block_size,
             )
 
     def capture(self, adapted: bool) -> None:
-        """Capture the graphs of decode steps, where there are any; `adapted` with adapters too."""
+        """Capture the graphs of steps, where there are any; `adapted` with adapters too."""
         if self._graphs is not None:
             self._graphs.capture(adapted)
 
@@ -88,13 +94,13 @@ class ModelRunner:
         wanted: list[int],
         routing: bool = False,
         sampled: Tensor | None = None,
-    ) -> tuple[Tensor, Routing | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Run the chunks' tokens, laid end to end, through the model.
 
         Chunks of one token come first. wanted: indices into the tokens laid end to end. sampled:
         the last step's ids, which the chunks' `pending_row`s point into. Returns the logits there,
-        (len(wanted), vocab), valid until the next call, and, when asked, the gates that every
-        token took.
+        (len(wanted), vocab), and, when asked and there are adapters, the gates that every token
+        took, (T, layers, N), summed over a layer's linears; both valid until the next call.
         """
         device = self._loaded.device
         counts = np.array([len(c.token_ids) for c in chunks])
@@ -104,29 +110,29 @@ class ModelRunner:
         positions = np.arange(len(token_ids)) - np.repeat(firsts - starts, counts)
         slots = self._slots(chunks, counts, positions)
         pending = None if sampled is None else self._pending(chunks, firsts, sampled, device)
+        tables = [c.block_table for c in chunks]
         self._set_runs(chunks)
-        if (
-            self._graphs is not None
-            and not routing
-            and len(chunks) == len(token_ids) <= self._graphs.max_rows
-        ):
-            inputs = np.stack([token_ids, positions, slots])
-            tables = [c.block_table for c in chunks]
-            logits = self._graphs.run(inputs, tables, self._runs, self._runs_key, pending)
-            # In the usual step every sequence wants its logits: nothing to select.
-            return logits if len(wanted) == len(chunks) else logits[_to(wanted, device)], None
+        if self._graphs is not None:
+            from malora_server.model.graphs import StepInput
+
+            tokens = np.stack([token_ids, positions, slots])
+            step = StepInput(tokens, starts, counts, tables, pending, self._runs, self._runs_key)
+            result = self._graphs.run(step, wanted, routing)
+            if result is not None:
+                return result
         ids = _to(np.stack([token_ids, positions]), device)
         if pending is not None:
             known = ids[0, : len(pending[0])]
             torch.where(*pending, known, out=known)
-        self._attention.step = self._attention_step(chunks, counts, starts, slots)
+        self._attention.step = self._attention_step(tables, counts, starts, slots)
         plan = self._adapter_plan(len(token_ids))
-        gates: Routing | None = None
+        gates: Tensor | None = None
         if plan is not None:
+            plan.routing = None
             if routing:
                 experts = self._adapters.sizes.num_experts
-                gates = Routing(len(token_ids), self._num_layers, experts, device)
-            plan.routing = gates
+                plan.routing = Routing(len(token_ids), self._num_layers, experts, device)
+                gates = plan.routing.gates
         self._loaded.adapters.start(plan)
         output = self._loaded.model(
             input_ids=ids[:1],
@@ -165,10 +171,9 @@ class ModelRunner:
         return index >= 0, sampled[index.clamp(min=0)]
 
     def _attention_step(
-        self, chunks: list[ChunkInput], counts: Ints, starts: Ints, slots: Ints
+        self, tables: list[list[int]], counts: Ints, starts: Ints, slots: Ints
     ) -> AttentionStep:
         size, device = self._block_size, self._loaded.device
-        tables = [c.block_table for c in chunks]
         if self._flash is not None:
             from malora_server.model.flash import Pages
 
@@ -176,7 +181,7 @@ class ModelRunner:
             return self._flash
         decodes = int(np.argmax(counts > 1)) if (counts > 1).any() else len(counts)
         blocks = []
-        for part in (slice(0, decodes), slice(decodes, len(chunks))):
+        for part in (slice(0, decodes), slice(decodes, len(counts))):
             if part.start < part.stop:
                 begin = int(counts[: part.start].sum())
                 blocks.append(

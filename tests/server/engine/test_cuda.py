@@ -13,6 +13,7 @@ from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import AdapterVersion, SamplingParams, Submit
 from malora_server.engine.monitor import Monitor
+from malora_server.model.pieces import PiecewiseGraph
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -58,18 +59,23 @@ def small_config():
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         eos_token_id=None,
         bos_token_id=None,
         initializer_range=0.1,
     )
 
 
+def half_precision_model(config):
+    """As a checkpoint is loaded: positions' frequencies stay in single precision."""
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
 @pytest.fixture(scope="module")
 def cores():
     config = small_config()
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).bfloat16()
+    model = half_precision_model(config)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     reference = transformers.LlamaForCausalLM(config)
     reference.load_state_dict(state)
@@ -78,7 +84,7 @@ def cores():
         max_num_seqs=COUNT,
         kv_cache_memory=1 << 25,
         adapter_device_memory=1 << 28,
-        max_model_len=256,
+        max_model_len=800,
     )
     gpu = EngineCore(engine, model.cuda())
     # Captured before there is any adapter, and before the widest of them.
@@ -92,8 +98,18 @@ def cores():
     return gpu, cpu
 
 
-def generate(core, requests, sampling):
+def generate(core, requests, sampling, steps_apart=0):
     """requests: (prompt, adapter) each. Returns (ids, log-probabilities) of each."""
+    results = [([], []) for _ in requests]
+
+    def step():
+        for output in core.step().outputs:
+            assert output.error is None, output.error
+            ids, logprobs = results[int(output.request_id)]
+            ids += output.token_ids
+            logprobs += output.prompt_logprobs or []
+            logprobs += output.logprobs or []
+
     for number, (prompt, adapter) in enumerate(requests):
         failure = core.add(
             Submit(
@@ -104,14 +120,10 @@ def generate(core, requests, sampling):
             )
         )
         assert failure is None
-    results = [([], []) for _ in requests]
+        for _ in range(steps_apart):
+            step()
     while core.has_work:
-        for output in core.step().outputs:
-            assert output.error is None, output.error
-            ids, logprobs = results[int(output.request_id)]
-            ids += output.token_ids
-            logprobs += output.prompt_logprobs or []
-            logprobs += output.logprobs or []
+        step()
     return results
 
 
@@ -136,6 +148,37 @@ def test_a_graph_is_right_for_every_mix(cores, count, mix):
     generated = generate(
         gpu, requests, SamplingParams(max_tokens=12, temperature=0.0, seed=0, logprobs=0)
     )
+    assert_scored_alike(cpu, requests, generated)
+
+
+@pytest.mark.parametrize("name", ["none", "own", "others"])
+def test_prompts_that_join_others_are_right(cores, name, monkeypatch):
+    """Some sequences of every step decode, one or two have prompts: some long, some short."""
+    gpu, cpu = cores
+    replays = []
+    replay = PiecewiseGraph.replay
+    monkeypatch.setattr(PiecewiseGraph, "replay", lambda graph: replays.append(replay(graph)))
+    names = {
+        "none": [None] * 40,
+        "own": [str(i) for i in range(40)],
+        "others": [str(i % 5) if i % 2 else None for i in range(40)],
+    }[name]
+    generator = torch.Generator().manual_seed(len(name))
+    lengths = torch.tensor([2, 3, 17, 60, 200, 700])[
+        torch.randint(0, 6, (40,), generator=generator)
+    ]
+    requests = [
+        (torch.randint(0, 512, (length,), generator=generator).tolist(), adapter)
+        for length, adapter in zip(lengths.tolist(), names, strict=True)
+    ]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, seed=0, logprobs=0)
+    generated = generate(gpu, requests, sampling, steps_apart=1)
+    assert len(replays) >= 30
+    assert_scored_alike(cpu, requests, generated)
+
+
+def assert_scored_alike(cpu, requests, generated):
+    """The log-probabilities of 12 tokens each are those that the CPU gives these tokens."""
     forced = [
         (prompt + ids, adapter)
         for (prompt, adapter), (ids, _) in zip(requests, generated, strict=True)
@@ -148,7 +191,9 @@ def test_a_graph_is_right_for_every_mix(cores, count, mix):
         assert len(ids) == 12
         expected = want[len(prompt) - 1 : len(prompt) + 11]
         errors += [abs(a.logprob - b.logprob) for a, b in zip(got, expected, strict=True)]
-    assert max(errors) < 0.5
+    # Where two experts are nearly equal, the other precision may choose the other.
+    assert sum(error > 0.4 for error in errors) <= len(errors) // 100
+    assert max(errors) < 1
     assert sum(errors) / len(errors) < 0.05
 
 
@@ -178,7 +223,7 @@ def test_a_prompts_routing_is_sampled_as_on_the_cpu(cores):
 def test_an_adapter_from_disk_is_right_from_its_first_step_on(tmp_path):
     """Each comes while others decode; its prompt is scored as soon as it may be, and once more."""
     torch.manual_seed(1)
-    model = transformers.LlamaForCausalLM(small_config()).bfloat16().to(DEVICE)
+    model = half_precision_model(small_config()).to(DEVICE)
     core = EngineCore(
         EngineConfig(
             base="",

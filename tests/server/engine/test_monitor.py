@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from malora.kernels.batched import Routing
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import (
@@ -35,30 +34,30 @@ def adapter(*num_experts: int) -> SimpleNamespace:
 
 def gates_of(rng, num_tokens, experts, linears):
     """Top-2 gates, summed over `linears` linears a layer, as the kernels add them."""
-    routing = Routing(num_tokens, NUM_LAYERS, NUM_EXPERTS, torch.device("cpu"))
+    taken = torch.zeros(num_tokens, NUM_LAYERS, NUM_EXPERTS)
     for _ in range(linears):
         gates = rng.random((num_tokens, NUM_LAYERS, experts))
         gates[gates < np.sort(gates, -1)[..., [-2]]] = 0
-        routing.gates[..., :experts] += torch.tensor(gates / gates.sum(-1, keepdims=True))
-    return routing
+        taken[..., :experts] += torch.tensor(gates / gates.sum(-1, keepdims=True))
+    return taken
 
 
 def test_sums_are_those_of_float64_by_adapter_and_third_of_the_layers():
     rng = np.random.default_rng(3)
     counts = [1, 4, 2, 3]
-    routing = gates_of(rng, sum(counts), 3, linears=4)
-    routing.gates[5:7] = 0  # the third chunk has no experts to choose from
-    routing.gates[0, 0] = 0  # the first adapts no linear of the first layer
+    taken = gates_of(rng, sum(counts), 3, linears=4)
+    taken[5:7] = 0  # the third chunk has no experts to choose from
+    taken[0, 0] = 0  # the first adapts no linear of the first layer
     names = ["a", "b", "lora", "a"]
     adapters = [adapter(2, 3), adapter(3), adapter(1), adapter(3)]
     monitor = Monitor(samples_decodes=True)
-    monitor.add_routing(RoutedChunks.of(routing, names, adapters, counts))
+    monitor.add_routing(RoutedChunks.of(taken, names, adapters, counts))
     monitor.count_step(sum(counts))
     report = monitor.report()
     assert report is not None
     samples = {sample.adapter: sample for sample in report.routing}
     assert sorted(samples) == ["a", "b"]
-    exact = routing.gates.double().numpy()
+    exact = taken.double().numpy()
     rows = {"a": [0, 7, 8, 9], "b": [1, 2, 3, 4]}
     thirds = [slice(0, 2), slice(2, 5), slice(5, 7)]
     for name, tokens in rows.items():
@@ -83,9 +82,9 @@ def test_sums_are_those_of_float64_by_adapter_and_third_of_the_layers():
 def test_two_generations_of_other_sizes_add_up():
     monitor = Monitor(samples_decodes=True)
     for experts in (2, 4):
-        routing = Routing(1, 3, 4, torch.device("cpu"))
-        routing.gates[..., experts - 1] = 2.0
-        monitor.add_routing(RoutedChunks.of(routing, ["a"], [adapter(experts)], [1]))
+        taken = torch.zeros(1, 3, 4)
+        taken[..., experts - 1] = 2.0
+        monitor.add_routing(RoutedChunks.of(taken, ["a"], [adapter(experts)], [1]))
     monitor.count_step(1)
     report = monitor.report()
     assert report is not None

@@ -7,6 +7,8 @@ right when the next step's is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -154,14 +156,22 @@ class FlashStep:
 
     def __init__(self, device: torch.device, graph: tuple[int, int] | None = None) -> None:
         """graph: the number of tokens, one a sequence, and most blocks, that a graph captures."""
-        self.pieces: PiecewiseGraph | None = None
-        """What captures a forward pass now, but for its attention."""
+        self._pieces: PiecewiseGraph | None = None
         self._device = device
         self._graph = graph
         self._wrappers: dict[_Kind, Any] = {}
         self._pages: Pages | None = None
         self._copied = torch.cuda.Event()
         self._slots = torch.empty(0, dtype=torch.int64, device=device)
+
+    @contextmanager
+    def captured_by(self, pieces: PiecewiseGraph) -> Iterator[None]:
+        """Attend between the graphs of a forward pass that is captured, not in them."""
+        self._pieces = pieces
+        try:
+            yield
+        finally:
+            self._pieces = None
 
     def load(self, slots: Tensor, pages: Pages) -> None:
         """slots: (T,) int64, on the device: block * block_size + offset of each token."""
@@ -193,10 +203,10 @@ class FlashStep:
             self._plan(self._wrappers[kind], kind)
         # Of the shape's own strides: the query's, whose they would be, depend on what made it.
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        if self.pieces is None:
+        if self._pieces is None:
             self._run(kind, cache, query, out)
         else:
-            self.pieces.between(partial(self._run, kind, cache), query, out)
+            self._pieces.between(partial(self._run, kind, cache), query, out)
         return out
 
     def _run(self, kind: _Kind, cache: LayerCache, query: Tensor, out: Tensor) -> None:

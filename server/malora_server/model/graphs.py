@@ -189,12 +189,10 @@ class _MixedGraph(_Graph):
         shared.attention.step = step
         self._warm_up(self.wanted)
         self._graph = PiecewiseGraph(shared.pool)
-        step.pieces = self._graph
-        with self._graph.capture():
+        with step.captured_by(self._graph), self._graph.capture():
             if self.gates is not None:
                 self.gates.zero_()
             self._logits = self._forward(self.wanted)
-        step.pieces = None
 
     def replay(self) -> Tensor:
         self._graph.replay()

@@ -28,8 +28,10 @@ class PiecewiseGraph:
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             self._begin()
-            yield
-            self._end()
+            try:
+                yield
+            finally:  # or nothing could be captured, nor allocated, after a failure
+                self._end()
 
     def between(self, launch: Callable[..., None], *tensors: Tensor) -> None:
         """End a graph and begin the next: `launch` is called between their replays, not now.

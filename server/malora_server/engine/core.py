@@ -8,15 +8,13 @@ the event after which a step's tokens are on the host.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from llguidance import LLMatcher
@@ -24,10 +22,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from malora_server.adapters.store import AdapterError, News, StoredAdapter
-from malora_server.engine.adapter_memory import device_capacity, host_capacity, make_store
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.grammar import GrammarError, Grammars
+from malora_server.engine.in_flight import Gates, InFlight
 from malora_server.engine.kv_cache import BlockManager
+from malora_server.engine.memory import count_blocks, device_capacity, host_capacity, make_store
 from malora_server.engine.messages import (
     EngineStats,
     LoadAdapter,
@@ -40,19 +39,15 @@ from malora_server.engine.messages import (
     SequenceStart,
     Submit,
     TokenLogprobs,
-    TokenRouting,
 )
 from malora_server.engine.monitor import Monitor, RoutedChunks
-from malora_server.engine.penalties import is_penalised
-from malora_server.engine.sampler import Sampled, Sampler, prompt_logprobs
+from malora_server.engine.sampler import Sampler, prompt_logprobs
 from malora_server.engine.scheduler import Chunk, Scheduler
 from malora_server.engine.sequence import Sequence, Status
 from malora_server.engine.step_times import StepTimes
-from malora_server.model.attention import cache_bytes_per_block
 from malora_server.model.loader import (
     LoadedModel,
     choose_device,
-    free_memory,
     load_model,
     prepare_model,
 )
@@ -60,9 +55,6 @@ from malora_server.model.runner import ChunkInput, ModelRunner
 
 logger = logging.getLogger(__name__)
 
-CACHE_SHARES = {"cpu": 0.5, "cuda": 0.85}
-"""The share of the memory left by the weights and the adapters that the KV cache may take where
-`kv_cache_memory` is not given. The rest is for activations, graphs and, on the CPU, others."""
 _STEPS_SHARE = 0.4
 """The share of a slowdown that a flood's tokens may make up by their number. The rest is for what
 that does not tell: long contexts, and the step under way when a request comes."""
@@ -93,105 +85,6 @@ class _Request:
     """When it was first part of a step; both on the monotonic clock."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     started: bool = False
-
-
-@dataclass(frozen=True)
-class _Gates:
-    """The gates of a step's sampled tokens, averaged: over all routed linears, and by layer.
-
-    mean: (B, N). layers: (B, layers, N).
-    """
-
-    mean: Tensor
-    layers: Tensor
-
-    @classmethod
-    def of(cls, taken: Tensor, rows: list[int]) -> _Gates:
-        """taken: the gates of all the step's tokens. rows: those that are asked for."""
-        gates = taken[rows]
-        mean = gates.sum(1)
-        return cls(
-            mean / mean.sum(-1, keepdim=True).clamp_min(1e-20),
-            gates / gates.sum(-1, keepdim=True).clamp_min(1e-20),
-        )
-
-
-class _InFlight:
-    """A step that was launched: its results are on the way from the device to the host."""
-
-    def __init__(
-        self,
-        chunks: list[Chunk],
-        sequences: list[Sequence],
-        sampled: Sampled | None,
-        gates: _Gates | None,
-        routed: RoutedChunks | None,
-        launched: float,
-    ) -> None:
-        """sequences: those that sample, a row of `sampled` each, None where there are none.
-
-        launched: when, on the monotonic clock.
-        """
-        self.chunks = chunks
-        self.launched = launched
-        self.sequences = sequences
-        self.token_ids = None if sampled is None else sampled.token_ids
-        """(B,) int64, on the device."""
-        self.rows = {seq.request_id: row for row, seq in enumerate(sequences)}
-        self.settles_first = any(is_penalised(seq) or seq.matcher is not None for seq in sequences)
-        """Whether the next step's sampling needs this one's tokens on the host."""
-        self._event: torch.cuda.Event | None = None
-        self._sampled = None if sampled is None else _on_host(sampled)
-        self._gates = None if gates is None else _on_host(gates)
-        self.routed = None if routed is None else _on_host(routed)
-        """How the chunks routed, in a step that is sampled; to be read after `wait`."""
-        if self.token_ids is not None and self.token_ids.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def wait(self) -> None:
-        """Wait until the results are here, then read them."""
-        if self._event is not None:
-            self._event.synchronize()
-        sampled = self._sampled
-        self.tokens: list[int] = [] if sampled is None else sampled.token_ids.tolist()
-        self.bad: list[bool] = [] if sampled is None else sampled.bad.tolist()
-
-    def token_logprobs(self, row: int) -> TokenLogprobs | None:
-        """What a row's sequence asked to know of its token's alternatives."""
-        top = self.sequences[row].sampling.logprobs
-        if top is None or self._sampled is None or self._sampled.logprobs is None:
-            return None
-        ids, values = self._sampled.top_ids, self._sampled.top_logprobs
-        return TokenLogprobs(
-            self.tokens[row],
-            float(self._sampled.logprobs[row]),
-            [] if ids is None else ids[row, :top].tolist(),
-            [] if values is None else values[row, :top].tolist(),
-        )
-
-    def token_routing(self, row: int) -> TokenRouting | None:
-        """What a row's sequence asked to know of its token's gates; None without any."""
-        asked = self.sequences[row].sampling.routing
-        if asked is None or self._gates is None or not self._gates.mean[row].any():
-            return None
-        layers = self._gates.layers[row].tolist() if asked == "layers" else None
-        return TokenRouting(self._gates.mean[row].tolist(), layers)
-
-
-_Results = TypeVar("_Results", Sampled, _Gates, RoutedChunks)
-
-
-def _on_host(results: _Results) -> _Results:
-    """The results, on the host once the device gets there."""
-    values: dict[str, Any] = {}
-    for f in fields(results):
-        value = getattr(results, f.name)
-        if isinstance(value, Tensor) and value.is_cuda:
-            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            value = host.copy_(value, non_blocking=True)
-        values[f.name] = value
-    return type(results)(**values)
 
 
 class EngineCore:
@@ -231,7 +124,7 @@ class EngineCore:
         )
         # On the CPU the adapters' memory is not taken before they are read.
         reserved = 0 if device.type == "cuda" else device_bytes + host_bytes
-        num_blocks = _count_blocks(config, loaded, self._max_model_len, device_bytes, reserved)
+        num_blocks = count_blocks(config, loaded, self._max_model_len, device_bytes, reserved)
         logger.info(
             "memory: %s bytes of weights, %s kept for adapters, %d blocks of KV cache",
             f"{loaded.num_bytes:,}",
@@ -263,7 +156,7 @@ class EngineCore:
         self._requests: dict[str, _Request] = {}
         self._compiling: dict[str, tuple[Sequence, Future[LLMatcher]]] = {}
         """Sequences that wait for their grammar, each alone."""
-        self._in_flight: _InFlight | None = None
+        self._in_flight: InFlight | None = None
         self._idle_seconds = 0.0
         """For how long the last step's results had to be waited for."""
         self._suspects: deque[Chunk] = deque()
@@ -490,7 +383,7 @@ class EngineCore:
         if self._loaded.device.type == "cuda":
             torch.cuda.synchronize(self._loaded.device)
 
-    def _launch(self, chunks: list[Chunk], outputs: list[SequenceOutput]) -> _InFlight | None:
+    def _launch(self, chunks: list[Chunk], outputs: list[SequenceOutput]) -> InFlight | None:
         """Queue a step's work on the device; failures go to `outputs`.
 
         Where several sequences fail together, each is tried again alone before anything else runs:
@@ -510,7 +403,7 @@ class EngineCore:
         finally:
             self._steps += 1
 
-    def _run(self, chunks: list[Chunk]) -> _InFlight:
+    def _run(self, chunks: list[Chunk]) -> InFlight:
         pending = {} if self._in_flight is None else self._in_flight.rows
         now = time.monotonic()
         inputs = []
@@ -558,7 +451,7 @@ class EngineCore:
         if prompts:
             logits = logits[torch.tensor(sampled_rows, device=logits.device, dtype=torch.int64)]
         sampled = self._sampler.sample(logits, sequences) if sequences else None
-        gates = None if taken is None else _Gates.of(taken, sampled_at)
+        gates = None if taken is None else Gates.of(taken, sampled_at)
         sums = None
         if watched and taken is not None:
             sums = RoutedChunks.of(
@@ -568,7 +461,7 @@ class EngineCore:
                 [chunk.num_tokens for chunk in chunks],
             )
         self._scheduler.advance(chunks)
-        return _InFlight(chunks, sequences, sampled, gates, sums, now)
+        return InFlight(chunks, sequences, sampled, gates, sums, now)
 
     def _settle(self) -> list[SequenceOutput]:
         """Wait for the tokens of the step in flight, and take them in."""
@@ -588,11 +481,11 @@ class EngineCore:
         if step.routed is not None:
             self._monitor.add_routing(step.routed)
         # Those that finished or were aborted since want no more.
-        live = [seq for seq in step.sequences if seq.request_id in self._requests]
+        live = {seq.request_id for seq in step.sequences if seq.request_id in self._requests}
         bad = {
             seq.request_id
             for seq, is_bad in zip(step.sequences, step.bad, strict=True)
-            if is_bad and seq.request_id in self._requests
+            if is_bad and seq.request_id in live
         }
         self.abort(list(bad))
         self._scheduler.settle(step.chunks, step.tokens)
@@ -600,11 +493,11 @@ class EngineCore:
         for row, seq in enumerate(step.sequences):
             if seq.request_id in bad:
                 outputs.append(_no_token(seq))
-            elif seq in live:
+            elif seq.request_id in live:
                 outputs.append(self._output(seq, step, row))
         return outputs
 
-    def _output(self, seq: Sequence, step: _InFlight, row: int) -> SequenceOutput:
+    def _output(self, seq: Sequence, step: InFlight, row: int) -> SequenceOutput:
         request = self._requests[seq.request_id]
         first = not request.started
         request.started = True
@@ -689,46 +582,3 @@ def _load_grammars(config: EngineConfig, loaded: LoadedModel) -> Grammars | None
     except (OSError, ValueError) as error:
         logger.warning("no structured output: %s", str(error).strip().split("\n")[0])
         return None
-
-
-def _count_blocks(
-    config: EngineConfig, loaded: LoadedModel, max_model_len: int, adapters: int, reserved: int
-) -> int:
-    """How many blocks the KV cache has.
-
-    adapters: the bytes of the device's memory kept for those. reserved: bytes that are free now,
-    but others' later.
-
-    Raises ValueError where not one sequence would fit.
-    """
-    per_block = cache_bytes_per_block(loaded.model, config.block_size, loaded.dtype)
-    a_sequence = math.ceil(max_model_len / config.block_size)
-    free = max(0, free_memory(loaded.device) - reserved)
-    left = (
-        f"{free:,} bytes are free beside the weights ({loaded.num_bytes:,}) and the adapters "
-        f"({adapters:,})"
-    )
-    if config.kv_cache_memory is not None:
-        blocks = config.kv_cache_memory // per_block
-        if blocks < a_sequence:
-            raise ValueError(
-                f"the KV cache's {config.kv_cache_memory:,} bytes hold {blocks} blocks, but one "
-                f"sequence of {max_model_len} tokens takes {a_sequence} ({a_sequence * per_block:,}"
-                " bytes): raise --kv-cache-memory or lower --max-model-len"
-            )
-        if config.kv_cache_memory > free:
-            raise ValueError(
-                f"the KV cache cannot have the {config.kv_cache_memory:,} bytes of "
-                f"--kv-cache-memory: {left}"
-            )
-        return blocks
-    share = CACHE_SHARES[loaded.device.type]
-    fits = int(free * share) // per_block
-    if fits < a_sequence:
-        raise ValueError(
-            f"{left}, {share:.0%} of which the KV cache may take: that holds {fits} blocks of "
-            f"{per_block:,} bytes, but one sequence of {max_model_len} tokens takes {a_sequence}: "
-            "lower --max-model-len or free memory"
-        )
-    # More than every running sequence at its longest, twice over for cached prefixes, is waste.
-    return min(fits, 2 * a_sequence * config.max_num_seqs)

@@ -137,6 +137,7 @@ class EngineCore:
             num_blocks,
             config.block_size,
             config.max_num_seqs,
+            config.max_num_batched_tokens,
             self._max_model_len,
         )
         self._runner.capture(adapted=config.adapters is not None)

@@ -35,8 +35,8 @@ from malora_server.model.pieces import PiecewiseGraph
 logger = logging.getLogger(__name__)
 
 _MIXED_ROWS = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256))
-"""Of graphs of steps with prompts. With more of them the device takes longer than the host takes to
-launch all."""
+"""Of graphs of steps with prompts. With more tokens the device takes longer than the host takes to
+launch everything."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,10 @@ class _MixedGraph(_Graph):
 
 
 class StepGraphs:
-    """Graphs for batches of up to `max_seqs` sequences, of at most `max_blocks` blocks each."""
+    """Graphs for steps of up to `max_tokens` tokens of `max_seqs` sequences.
+
+    A sequence has `max_blocks` blocks at most.
+    """
 
     def __init__(
         self,
@@ -213,6 +216,7 @@ class StepGraphs:
         attention: AttentionContext,
         flash: FlashStep,
         max_seqs: int,
+        max_tokens: int,
         max_blocks: int,
         spare_block: int,
         block_size: int,
@@ -232,13 +236,15 @@ class StepGraphs:
         most = min(max_seqs, MAX_TOKENS)
         sizes = (1, 2, 4, *range(8, most + 8, 8))
         self._decode_rows = [n for n in sizes if n < most + 8]
+        largest = next((n for n in _MIXED_ROWS if n >= max_tokens), _MIXED_ROWS[-1])
+        self._mixed_rows = [n for n in _MIXED_ROWS if n <= largest]
         self._decode_steps: dict[int, FlashStep] = {}
         self._graphs: dict[tuple[type[_Graph], int, bool], tuple[Sizes, _Graph]] = {}
 
     def capture(self, adapted: bool) -> None:
         """Capture every size, the largest first; `adapted` with adapters too."""
         kinds: list[tuple[type[_Graph], int]] = [
-            *((_MixedGraph, rows) for rows in reversed(_MIXED_ROWS)),
+            *((_MixedGraph, rows) for rows in reversed(self._mixed_rows)),
             *((_DecodeGraph, rows) for rows in reversed(self._decode_rows)),
         ]
         for number, (kind, rows) in enumerate(kinds):
@@ -264,9 +270,9 @@ class StepGraphs:
             logits = graph.replay()[:num_tokens]
             # In the usual step every sequence wants its logits: nothing to select.
             return logits if len(wanted) == num_tokens else logits[self._on_device(wanted)], None
-        if num_tokens > _MIXED_ROWS[-1] or len(wanted) > self._max_seqs:
+        if num_tokens > self._mixed_rows[-1] or len(wanted) > self._max_seqs:
             return None
-        rows = next(n for n in _MIXED_ROWS if n >= num_tokens)
+        rows = next(n for n in self._mixed_rows if n >= num_tokens)
         mixed = self._graph(_MixedGraph, rows, adapted)
         assert isinstance(mixed, _MixedGraph)
         if not mixed.load(step):

@@ -51,6 +51,7 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         max_num_seqs: int,
+        max_num_batched_tokens: int,
         max_model_len: int,
     ) -> None:
         self._loaded = loaded
@@ -77,6 +78,7 @@ class ModelRunner:
                 self._attention,
                 self._flash,
                 max_num_seqs,
+                max_num_batched_tokens,
                 -(-max_model_len // block_size),
                 num_blocks,
                 block_size,

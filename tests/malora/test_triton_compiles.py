@@ -31,7 +31,7 @@ KERNELS = {
         TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
         PART=large._PART, ALIGNMENT=16), 4),
     "route": (large._route, dict(
-        TOKENS=large._TOKENS, EXPERTS=16, ROWS=large._CHUNK, DIMS=32, COUNT=True), 8),
+        TOKENS=large._TOKENS, EXPERTS=16, ROWS=large._CHUNK, DIMS=32), 8),
     "expand": (large._expand, dict(
         TOKENS=large._TOKENS, ROWS=large._CHUNK, COLUMNS=large._COLUMNS, ALIGNMENT=16), 4),
 }

@@ -40,8 +40,8 @@ from malora_server.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
-_NICENESS = 10
-"""Steps come first; but where they leave no core idle, it still gets a tenth of one."""
+_NICENESS = 15
+"""Steps come first; but where they leave no core idle, it still gets a thirtieth of one."""
 _MAX_CHECK_SECONDS = 10.0
 """Of the processor's time, for an adapter's headers: others wait for it."""
 _KEPT_BYTES = 512 * 2**20

@@ -30,7 +30,7 @@ from malora.kernels.triton import GpuPlan, LargeBatchPlan
 from malora_server.model.attention import AttentionContext
 from malora_server.model.flash import FlashStep, Pages
 from malora_server.model.loader import LoadedModel
-from malora_server.model.pieces import PiecewiseGraph
+from malora_server.model.pieces import PiecewiseGraph, unowned
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,9 @@ class _DecodeGraph(_Graph):
         self._warm_up(0)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=shared.pool):
-            self._logits = self._forward(0)
+            logits = self._forward(0)
+        # Of one step at a time: kept, those of 70 graphs would take gigabytes.
+        self._logits = unowned(logits)
 
     def replay(self) -> Tensor:
         self._graph.replay()
@@ -192,7 +194,8 @@ class _MixedGraph(_Graph):
         with step.captured_by(self._graph), self._graph.capture():
             if self.gates is not None:
                 self.gates.zero_()
-            self._logits = self._forward(self.wanted)
+            logits = self._forward(self.wanted)
+        self._logits = unowned(logits)
 
     def replay(self) -> Tensor:
         self._graph.replay()

@@ -39,7 +39,7 @@ class PiecewiseGraph:
         tensors: what it is called with, temporaries of the graphs.
         """
         self._end()
-        memories = [_unowned(tensor) for tensor in tensors]
+        memories = [unowned(tensor) for tensor in tensors]
         self._launches.append(lambda: launch(*memories))
         self._begin()
 
@@ -71,6 +71,6 @@ class _Memory:
         }
 
 
-def _unowned(tensor: Tensor) -> Tensor:
-    """The same memory, not kept: it is the graphs', who may use it again once it was read."""
+def unowned(tensor: Tensor) -> Tensor:
+    """A tensor of a graph's memory, not kept: others of its pool may use it once it was read."""
     return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)

@@ -22,7 +22,7 @@ from torchao.quantization import (
 )
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from malora_server.engine import core
+from malora_server.engine import memory
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.llm import LLM
 from malora_server.engine.messages import SamplingParams
@@ -261,12 +261,12 @@ def test_what_weights_and_adapters_leave_is_shown_where_it_is_too_little(tiny_ba
         base=str(tiny_base("llama")), quantization="int8", adapter_device_memory=3_000_000
     )
     small = f"({LLM(config)._core._loaded.num_bytes:,}) and the adapters (3,000,000)"
-    monkeypatch.setattr(core, "free_memory", lambda _: 3_400_000)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 3_400_000)
     asks = "of --kv-cache-memory: 400,000 bytes are free beside the weights "
     with pytest.raises(ValueError, match=re.escape(asks + small)):
         LLM(msgspec.structs.replace(config, kv_cache_memory=400_001))
     LLM(msgspec.structs.replace(config, kv_cache_memory=400_000))
-    monkeypatch.setattr(core, "free_memory", lambda _: 3_010_000)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 3_010_000)
     with pytest.raises(ValueError, match=re.escape("10,000 bytes are free beside the weights")):
         LLM(config)
 

@@ -77,6 +77,9 @@ class _Shared:
 class _Graph(ABC):
     """A captured step of `rows` tokens and what it reads."""
 
+    _graph: torch.cuda.CUDAGraph | PiecewiseGraph
+    _logits: Tensor
+
     def __init__(self, shared: _Shared, rows: int, plan: GpuPlan | None) -> None:
         """plan: of any mix of adapters; None without."""
         self._shared = shared
@@ -97,9 +100,10 @@ class _Graph(ABC):
             torch.where(*step.pending, known, out=known)
         return True
 
-    @abstractmethod
     def replay(self) -> Tensor:
         """Launch the step. Returns logits, valid until the next."""
+        self._graph.replay()
+        return self._logits
 
     @abstractmethod
     def _load_inputs(self, step: StepInput) -> None:
@@ -143,15 +147,11 @@ class _DecodeGraph(_Graph):
         )
         shared.attention.step = step
         self._warm_up(0)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=shared.pool):
+        self._graph = graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=shared.pool):
             logits = self._forward(0)
         # Of one step at a time: kept, those of 70 graphs would take gigabytes.
         self._logits = unowned(logits)
-
-    def replay(self) -> Tensor:
-        self._graph.replay()
-        return self._logits
 
     def _load_inputs(self, step: StepInput) -> None:
         self._copy_tokens(step.tokens)
@@ -190,16 +190,12 @@ class _MixedGraph(_Graph):
         self._load_inputs(StepInput(tokens, starts, counts, [table], None, [], None))
         shared.attention.step = step
         self._warm_up(self.wanted)
-        self._graph = PiecewiseGraph(shared.pool)
-        with step.captured_by(self._graph), self._graph.capture():
+        self._graph = pieces = PiecewiseGraph(shared.pool)
+        with step.captured_by(pieces), pieces.capture():
             if self.gates is not None:
                 self.gates.zero_()
             logits = self._forward(self.wanted)
         self._logits = unowned(logits)
-
-    def replay(self) -> Tensor:
-        self._graph.replay()
-        return self._logits
 
     def _load_inputs(self, step: StepInput) -> None:
         self._copy_tokens(step.tokens)

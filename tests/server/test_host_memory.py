@@ -51,3 +51,16 @@ def test_the_file_is_closed_with_the_memory():
     del memory
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(fd)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_was_pinned_can_be_mapped_and_pinned_again():
+    places = set()
+    for value in range(4):
+        memory = HostMemory(64 * MIB, shared=True)
+        places.add(memory.tensor.data_ptr())
+        memory.pin()
+        memory.tensor.fill_(value)
+        assert memory.tensor.cuda().eq(value).all()
+        del memory
+    assert len(places) < 4

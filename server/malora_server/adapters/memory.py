@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 
 import torch
 
@@ -39,14 +40,17 @@ class HostMemory:
 
         Raises OSError, with a message for the user, where the driver refuses.
         """
-        nbytes = self.tensor.numel()
-        status = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), nbytes, 0)
+        address, nbytes = self.tensor.data_ptr(), self.tensor.numel()
+        runtime = torch.cuda.cudart()
+        status = runtime.cudaHostRegister(address, nbytes, 0)
         if int(status) != 0:
             raise OSError(
                 f"the driver can't lock {nbytes:,} bytes of host memory for adapters (CUDA error "
                 f"{int(status)}): lower --adapter-host-memory, or raise the limit (ulimit -l)"
             )
         self.is_pinned = True
+        # While it is mapped: what is mapped there next could not be pinned, nor copied from.
+        weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
     def discard(self, start: int, nbytes: int) -> None:
         """Give back the pages that lie wholly in a range nobody uses. Pinned ones stay."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -78,6 +78,16 @@ class BatchPlan(Protocol):
         x: (T, n), the group's input, contiguous. Where `separate`, the base product, and what is to
         be added to it, (T, m).
         """
+
+
+@runtime_checkable
+class ActivatingPlan(BatchPlan, Protocol):
+    """One that takes an MLP's outputs through their activation where it adds to them, which is to
+    read and write them once less.
+    """
+
+    def activate(self, x: Tensor, group: Group, base: BaseProduct) -> Tensor:
+        """silu(gate) · up, (T, m / 2), of a group's two outputs as `apply` makes them."""
 
 
 def plan_batch(runs: Sequence[Run], num_tokens: int, adapters: ResidentAdapters) -> BatchPlan:

@@ -4,7 +4,8 @@ Three kernels a group of linears. `_project` reads bases and routers: the produc
 of rows that several tokens share are made together, on the tensor cores. `_route` turns products
 into gates and weighted expert coordinates. These two need the input alone, and run on a stream of
 their own beside the base product. `_expand` then adds the experts' up-projections to it, for
-tokens of one adapter together. What few tokens take is in `small_batch.py`.
+tokens of one adapter together; of an MLP's gate and up, the largest of outputs, `_activate` does so
+where it reads them for the activation. What few tokens take is in `small_batch.py`.
 
 An adapter costs its own bytes at its own sizes: no padding, no slots, no copies.
 """
@@ -144,8 +145,10 @@ def _route(
     """The weights of tokens' up-projection rows: gate of the row's expert · the coordinate."""
     item = tl.program_id(0)
     site = tl.program_id(1)
+    first_index = tl.program_id(2) * TOKENS
+    num_mine = tl.load(table + ADD_COUNT * num_tokens + item)
     header = tl.load(table + ADD_HEADER * num_tokens + item)
-    if header == 0:
+    if (header == 0) | (first_index >= num_mine):
         return
     row = header_row(header, first_site + site)
     if tl.load(row + BASIS) == 0:
@@ -159,8 +162,8 @@ def _route(
     router = tl.load(row + ROUTER).to(tl.pointer_type(dtype))
     coefficients = tl.load(row + COEFFICIENTS).to(tl.pointer_type(dtype))
     has_coefficients = tl.load(row + COEFFICIENTS) != 0
-    index = tl.arange(0, TOKENS)
-    mine = index < tl.load(table + ADD_COUNT * num_tokens + item)
+    index = first_index + tl.arange(0, TOKENS)
+    mine = index < num_mine
     start = tl.load(table + ADD_START * num_tokens + item)
     tokens = tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0)
     at = (tokens * num_sites + site)[:, None]
@@ -197,7 +200,7 @@ def _route(
                     mask=mine[:, None] & inside[None, :],
                     other=0.0,
                 )
-                logits = tl.dot(v, w.to(tl.float32), logits, input_precision="ieee")
+                logits = tl.dot(v, w.to(tl.float32), logits, input_precision="tf32x3")
         else:
             logits = tl.load(h + at * h_width + d + experts[None, :], mask=known, other=0.0)
     logits = tl.where((experts < count)[None, :], logits, float("-inf"))
@@ -216,7 +219,7 @@ def _route(
         rows = first + tl.arange(0, ROWS)
         expert = rows // r
         same = (expert[None, :] == experts[:, None]).to(tl.float32)
-        gate = tl.dot(gates, same, input_precision="ieee")
+        gate = tl.dot(gates, same, input_precision="tf32x3")
         known = (rows < count * r)[None, :] & mine[:, None]
         if has_coefficients:
             coordinates = tl.zeros((TOKENS, ROWS), tl.float32)
@@ -241,6 +244,38 @@ def _route(
         tl.store(to, weighted, mask=mine[:, None] & (rows < c_width)[None, :])
 
 
+@triton.jit
+def _add_rows(
+    sums, header, site, c, at, c_width, mine, columns, width,
+    ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """sums[token, column] + Σ weight · row, where the adapter of `header` has this site."""
+    dtype: tl.constexpr = c.dtype.element_ty
+    row = header_row(header, site)
+    known = tl.load(row + BASIS) != 0
+    total = tl.where(known, tl.load(row + NUM_EXPERTS) * tl.load(row + RANK), 0)
+    experts = aligned(tl.load(row + UP), dtype, ALIGNMENT)
+    for first in range(0, total, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        weights = tl.load(c + at[:, None] * c_width + rows[None, :], mask=mine[:, None], other=0.0)
+        up_rows = tl.load(
+            experts + rows.to(tl.int64)[:, None] * width + columns[None, :],
+            mask=(rows < total)[:, None] & (columns < width)[None, :],
+            other=0.0,
+        )
+        sums = tl.dot(weights, up_rows, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _added_tokens(table, num_tokens, item, TOKENS: tl.constexpr):
+    """The tokens of an item, and which of them there are."""
+    index = tl.arange(0, TOKENS)
+    mine = index < tl.load(table + ADD_COUNT * num_tokens + item)
+    start = tl.load(table + ADD_START * num_tokens + item)
+    return tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0), mine
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _expand(
     out,
@@ -262,41 +297,69 @@ def _expand(
     """out[token, the tile's columns] += Σ weight · row, for tokens of one adapter."""
     tile = tl.program_id(0)
     item = tl.program_id(1)
-    dtype: tl.constexpr = out.dtype.element_ty
-    vector: tl.constexpr = ALIGNMENT * 8 // dtype.primitive_bitwidth
+    vector: tl.constexpr = ALIGNMENT * 8 // out.dtype.element_ty.primitive_bitwidth
     site, offset, start, width = site_tile(tile, width_0, width_1, width_2, COLUMNS, vector)
     header = tl.load(table + ADD_HEADER * num_tokens + item)
     if header == 0:
         return
-    row = header_row(header, first_site + site)
-    if tl.load(row + BASIS) == 0:
+    if tl.load(header_row(header, first_site + site) + BASIS) == 0:
         return
-    total = tl.load(row + NUM_EXPERTS) * tl.load(row + RANK)
-    experts = aligned(tl.load(row + UP), dtype, ALIGNMENT)
-    index = tl.arange(0, TOKENS)
-    mine = index < tl.load(table + ADD_COUNT * num_tokens + item)
-    first_token = tl.load(table + ADD_START * num_tokens + item)
-    tokens = tl.load(table + ORDER * num_tokens + first_token + index, mask=mine, other=0)
-    coordinates = c + (tokens * num_sites + site) * c_width
+    tokens, mine = _added_tokens(table, num_tokens, item, TOKENS)
     columns = offset + tl.arange(0, COLUMNS)
-    inside = columns < width
     places = out + tokens[:, None] * out_width + start + columns[None, :]
-    mask = mine[:, None] & inside[None, :]
-    sums = tl.load(places, mask=mask, other=0.0).to(tl.float32)
-    for first in range(0, total, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        weights = tl.load(coordinates[:, None] + rows[None, :], mask=mine[:, None], other=0.0)
-        up_rows = tl.load(
-            experts + rows.to(tl.int64)[:, None] * width + columns[None, :],
-            mask=(rows < total)[:, None] & inside[None, :],
-            other=0.0,
+    mask = mine[:, None] & (columns < width)[None, :]
+    sums = _add_rows(
+        tl.load(places, mask=mask, other=0.0).to(tl.float32),
+        header, first_site + site, c, tokens * num_sites + site, c_width, mine, columns, width,
+        ROWS, ALIGNMENT,
+    )  # fmt: skip
+    tl.store(places, sums.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _activate(
+    out,
+    activated,
+    c,
+    table,
+    first_site,
+    width,
+    num_tokens,
+    c_width,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """activated = silu(gate) · up, of out = (gate, up) with what adapters add to either."""
+    tile = tl.program_id(0)
+    item = tl.program_id(1)
+    if tl.load(table + ADD_COUNT * num_tokens + item) == 0:
+        return
+    header = tl.load(table + ADD_HEADER * num_tokens + item)
+    tokens, mine = _added_tokens(table, num_tokens, item, TOKENS)
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    mask = mine[:, None] & (columns < width)[None, :]
+    places = out + tokens[:, None] * (2 * width) + columns[None, :]
+    gate = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(places + width, mask=mask, other=0.0).to(tl.float32)
+    if header != 0:
+        at = tokens * 2
+        gate = _add_rows(
+            gate, header, first_site, c, at, c_width, mine, columns, width, ROWS, ALIGNMENT
         )
-        sums = tl.dot(weights, up_rows, sums, input_precision="ieee")
-    tl.store(places, sums.to(dtype), mask=mask)
+        up = _add_rows(
+            up, header, first_site + 1, c, at + 1, c_width, mine, columns, width, ROWS, ALIGNMENT
+        )
+    values = gate * tl.sigmoid(gate) * up
+    to = activated + tokens[:, None] * width + columns[None, :]
+    tl.store(to, values.to(activated.dtype.element_ty), mask=mask)
 
 
 _TOKENS = 64
 """Of one adapter that a program takes together."""
+_ROUTE_TOKENS = 32
+"""Of those, that a program routes: with more, their products fill a multiprocessor's registers."""
 _PART = 2048
 """Columns of a basis that a program of `_project` reads."""
 _READ_ROWS = 64
@@ -305,6 +368,8 @@ _READ_COLUMNS = 128
 """Columns that go through the tensor cores together."""
 _COLUMNS = 128
 """Of an up-projection, that a program adds."""
+_ACTIVATED_COLUMNS = 64
+"""Of gate and of up, that a program activates."""
 _CHUNK = 64
 """Weights of up-projection rows are stored, and products with the input too, in whole chunks."""
 
@@ -325,11 +390,12 @@ class LargeBatchPlan:
         self.routing: Routing | None = None
         self.num_tokens = num_tokens
         device = adapters.device
-        self._num_reads = self._num_adds = 0
+        self._num_reads = self._num_adds = self._num_items = 0
         self._is_exact = num_sequences is None
         if num_sequences is not None:
-            items = triton.cdiv(num_tokens, _TOKENS) + num_sequences
-            self._num_reads = self._num_adds = min(items, num_tokens)
+            # Each has a last item that is not full, as have the tokens without an adapter.
+            items = triton.cdiv(num_tokens, _TOKENS) + num_sequences + 1
+            self._num_reads = self._num_adds = self._num_items = min(items, num_tokens)
         self._table = torch.zeros((_TABLE_ROWS, num_tokens), dtype=torch.int64, device=device)
         self._dtype = adapters.dtype
         self._sizes = adapters.sizes
@@ -340,8 +406,8 @@ class LargeBatchPlan:
         """Set which tokens are whose; always possible."""
         table = batch_table(runs, self.num_tokens)
         if self._is_exact:
-            self._num_reads, self._num_adds = np.count_nonzero(
-                table[[READ_HEADER.value, ADD_HEADER.value]], axis=1
+            self._num_reads, self._num_adds, self._num_items = np.count_nonzero(
+                table[[READ_HEADER.value, ADD_HEADER.value, ADD_COUNT.value]], axis=1
             ).tolist()
         host = torch.from_numpy(table)
         if self._stream is not None:
@@ -354,19 +420,48 @@ class LargeBatchPlan:
 
     def apply(self, x: Tensor, group: Group, base: BaseProduct) -> tuple[Tensor, Tensor | None]:
         """The base product, (…, m), with every token's adapter added; x: (T, n), contiguous."""
+        out = self._product(x, group, base)
+        if self._num_adds:
+            self._expand(out.view(len(x), -1), group)
+        return out, None
+
+    def activate(self, x: Tensor, group: Group, base: BaseProduct) -> Tensor:
+        """silu(gate) · up, (T, m / 2), of a group's two outputs as `apply` makes them."""
+        out = self._product(x, group, base)
+        _, c = self._buffers(group)
+        width = group.sites[0].width
+        activated = out.new_empty((len(x), width))
+        _activate[(triton.cdiv(width, _ACTIVATED_COLUMNS), self._num_items)](
+            out,
+            activated,
+            c,
+            self._table,
+            group.first_site,
+            width,
+            self.num_tokens,
+            c.shape[-1],
+            TOKENS=_TOKENS,
+            ROWS=_CHUNK,
+            COLUMNS=_ACTIVATED_COLUMNS,
+            ALIGNMENT=alignment(group, out.itemsize),
+            num_warps=4,
+            num_stages=1,
+        )
+        return activated
+
+    def _product(self, x: Tensor, group: Group, base: BaseProduct) -> Tensor:
+        """The base product, and beside it the weights of the up-projections' rows."""
         if not self._num_adds:
-            return base(F.linear), None
+            return base(F.linear)
         if self._stream is None:
             self._weigh(x, group)
-            out = base(F.linear)
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._weigh(x, group)
-            out = base(F.linear)
-            torch.cuda.current_stream().wait_stream(self._stream)
-        self._expand(out.view(len(x), -1), group)
-        return out, None
+            return base(F.linear)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._weigh(x, group)
+        out = base(F.linear)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return out
 
     def _expand(self, out: Tensor, group: Group) -> None:
         _, c = self._buffers(group)
@@ -414,7 +509,7 @@ class LargeBatchPlan:
             num_warps=4,
         )
         taken = None if self.routing is None else self.routing.gates[:, group.layer]
-        _route[(self._num_adds, sites)](
+        _route[(self._num_adds, sites, _TOKENS // _ROUTE_TOKENS)](
             h,
             c,
             self._table,
@@ -426,11 +521,11 @@ class LargeBatchPlan:
             c.shape[-1],
             0 if taken is None else taken.stride(0),
             parts,
-            TOKENS=_TOKENS,
+            TOKENS=_ROUTE_TOKENS,
             EXPERTS=max(16, triton.next_power_of_2(self._sizes.num_experts)),
             ROWS=_CHUNK,
             DIMS=32,
-            num_warps=8,
+            num_warps=4,
         )
 
     def _buffers(self, group: Group) -> tuple[Tensor, Tensor]:
@@ -465,9 +560,10 @@ def gpu_plan(num_tokens: int, adapters: ResidentAdapters) -> GpuPlan:
 def batch_table(runs: Sequence[Run], num_tokens: int) -> NDArray[np.int64]:
     """A large plan's table, (7, T): who is computed together.
 
-    Tokens are ordered by what they read, then by adapter. An item is some of them that read the
-    same (READ) or are of one adapter (ADD): its start in that order, its count, and the header of
-    its adapter, or of one of them. A header of 0 means none.
+    Tokens are ordered by what they read, then by adapter; those without one come last. An item is
+    some of them that read the same (READ) or are of one adapter (ADD), or without any: its start in
+    that order, its count, and the header of its adapter, or of one of them. A header of 0 means
+    none.
     """
     table = np.zeros((_TABLE_ROWS, num_tokens), np.int64)
     position = 0
@@ -481,6 +577,9 @@ def batch_table(runs: Sequence[Run], num_tokens: int) -> NDArray[np.int64]:
             header = adapter.headers.data_ptr()
             adds += _items(begin, position, header)
         reads += _items(first, position, header)
+    order = table[ORDER.value]
+    order[position:] = np.setdiff1d(np.arange(num_tokens), order[:position], assume_unique=True)
+    adds += _items(position, num_tokens, 0)
     if reads:
         table[READ_START.value : READ_HEADER.value + 1, : len(reads)] = np.array(reads).T
     if adds:

@@ -18,11 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from malora.kernels import beside, product, small_batch, triton as large
 
-ALIGNED = {"n", "m", "out_width", "width_0", "width_1", "width_2", "h_width", "c_width"}
+ALIGNED = {"n", "m", "out_width", "width", "width_0", "width_1", "width_2", "h_width", "c_width"}
 POINTERS = {
-    "x": "*bf16", "out": "*bf16", "delta": "*bf16", "c": "*bf16", "h": "*fp32", "taken": "*fp32",
-    "weight": "*bf16", "bias": "*bf16", "partial": "*fp32", "arrived": "*i32",
-    "table": "*i64", "numbers": "*i32", "counters": "*i32",
+    "x": "*bf16", "out": "*bf16", "activated": "*bf16", "delta": "*bf16", "c": "*bf16",
+    "h": "*fp32", "taken": "*fp32", "weight": "*bf16", "bias": "*bf16", "partial": "*fp32",
+    "arrived": "*i32", "table": "*i64", "numbers": "*i32", "counters": "*i32",
 }
 KERNELS = {
     "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16), 4),
@@ -31,9 +31,12 @@ KERNELS = {
         TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
         PART=large._PART, ALIGNMENT=16), 4),
     "route": (large._route, dict(
-        TOKENS=large._TOKENS, EXPERTS=16, ROWS=large._CHUNK, DIMS=32), 8),
+        TOKENS=large._ROUTE_TOKENS, EXPERTS=16, ROWS=large._CHUNK, DIMS=32), 4),
     "expand": (large._expand, dict(
         TOKENS=large._TOKENS, ROWS=large._CHUNK, COLUMNS=large._COLUMNS, ALIGNMENT=16), 4),
+    "activate": (large._activate, dict(
+        TOKENS=large._TOKENS, ROWS=large._CHUNK, COLUMNS=large._ACTIVATED_COLUMNS,
+        ALIGNMENT=16), 4),
 }
 kernel, values, warps = KERNELS[sys.argv[1]]
 signature = {
@@ -50,7 +53,7 @@ print(compiled.asm["ptx"])
 """
 
 
-@pytest.mark.parametrize("kernel", ["beside", "product", "project", "route", "expand"])
+@pytest.mark.parametrize("kernel", ["beside", "product", "project", "route", "expand", "activate"])
 def test_kernels_compile_and_read_wide(kernel, monkeypatch, tmp_path):
     # In a process of its own: in this one kernels may be set to be interpreted.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from malora.kernels.batched import BatchPlan, Linear
+from malora.kernels.batched import ActivatingPlan, BatchPlan, Linear
 from malora.kernels.resident import Group, Site
+from malora_server.model.gated_mlp import GATED, GatedMlp, is_gated
 from malora_server.model.quantization import (
     Float8Weight,
     can_stack,
@@ -25,7 +26,7 @@ from malora_server.model.quantization import (
     stack,
 )
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), GATED)
 """Siblings that read the same input in the models of transformers."""
 
 
@@ -37,11 +38,14 @@ class AdapterContext:
         self.separate = False
         """Whether what adapters add comes beside the base product. On its own, not asked of the
         plan: a compiled layer is one for each value of it."""
+        self.activates = False
+        """Whether the plan makes gated activations; likewise."""
 
     def start(self, plan: BatchPlan | None) -> None:
         """Set the plan of the forward pass that begins, on whatever stream it is launched on."""
         self.plan = plan
         self.separate = plan is not None and plan.separate
+        self.activates = isinstance(plan, ActivatingPlan)
         if plan is not None:
             plan.start()
 
@@ -72,8 +76,7 @@ class LinearGroup(nn.Module):
         """The output of the group's linear `index`; the product is made once for each input."""
         if self._input is not x:
             self._input = x
-            # Here, where the compiler joins it to what made x; the product is opaque to it.
-            rows = (None, None) if self.float8 is None else quantise_rows(x)
+            rows = self._quantised(x)
             delta: Tensor | None = None
             if not torch.compiler.is_compiling():
                 out, delta = self.compute(x, *rows)
@@ -92,6 +95,19 @@ class LinearGroup(nn.Module):
             self._input, self._outputs = None, []
         return out
 
+    def activated(self, x: Tensor) -> Tensor:
+        """silu(gate) · up of the group's two outputs, with adapters whose plan `activates`."""
+        rows = self._quantised(x)
+        if not torch.compiler.is_compiling():
+            return self.compute_activated(x, *rows)
+        width = self.widths[0]
+        out: Tensor = torch.ops.malora.activated_linear(x, *rows, self.number, width)
+        return out
+
+    def _quantised(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        # Where the compiler joins it to what made x; the product is opaque to it.
+        return (None, None) if self.float8 is None else quantise_rows(x)
+
     def compute(
         self, x: Tensor, rows: Tensor | None, scales: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -108,6 +124,17 @@ class LinearGroup(nn.Module):
             self.group,
             lambda linear: self._base_product(x, rows, scales, linear),
         )
+
+    def compute_activated(self, x: Tensor, rows: Tensor | None, scales: Tensor | None) -> Tensor:
+        """`compute`, through the activation: (…, width of gate)."""
+        plan = self.context.plan
+        assert isinstance(plan, ActivatingPlan)
+        out = plan.activate(
+            x.view(-1, x.shape[-1]),
+            self.group,
+            lambda linear: self._base_product(x, rows, scales, linear),
+        )
+        return out.view(*x.shape[:-1], -1)
 
     def _base_product(
         self, x: Tensor, rows: Tensor | None, scales: Tensor | None, linear: Linear
@@ -145,6 +172,17 @@ def _separate_linear_op(
     return out, delta
 
 
+@torch.library.custom_op("malora::activated_linear", mutates_args=())
+def _activated_linear_op(
+    x: Tensor,
+    rows: Tensor | None,
+    scales: Tensor | None,
+    number: Tensor,
+    width: int,  # noqa: ARG001
+) -> Tensor:
+    return _groups[int(number)].compute_activated(x, rows, scales)
+
+
 @_separate_linear_op.register_fake
 def _(
     x: Tensor,
@@ -156,6 +194,7 @@ def _(
     return x.new_empty((*x.shape[:-1], width)), x.new_empty((x.numel() // x.shape[-1], width))
 
 
+@_activated_linear_op.register_fake
 @_grouped_linear_op.register_fake
 def _(
     x: Tensor,
@@ -217,6 +256,8 @@ def group_linears(model: PreTrainedModel, context: AdapterContext) -> list[Group
                     # At once, not when the linear is collected: torchao's hold themselves.
                     del linear.weight
                 groups.append(group)
+                if members == GATED and is_gated(parent):
+                    layer.set_submodule(path, GatedMlp(parent, module))
     return groups
 
 

@@ -360,14 +360,17 @@ _TOKENS = 64
 """Of one adapter that a program takes together."""
 _ROUTE_TOKENS = 32
 """Of those, that a program routes: with more, their products fill a multiprocessor's registers."""
+_ROUTE_ROWS = 64
+"""Rows of an up-projection that it weighs together."""
 _PART = 2048
 """Columns of a basis that a program of `_project` reads."""
 _READ_ROWS = 64
 """Rows of a basis and router that a program reads."""
 _READ_COLUMNS = 128
 """Columns that go through the tensor cores together."""
+_ADD_ROWS = 64
 _COLUMNS = 128
-"""Of an up-projection, that a program adds."""
+"""Rows and columns of an up-projection that a program adds."""
 _ACTIVATED_COLUMNS = 64
 """Of gate and of up, that a program activates."""
 _CHUNK = 64
@@ -441,7 +444,7 @@ class LargeBatchPlan:
             self.num_tokens,
             c.shape[-1],
             TOKENS=_TOKENS,
-            ROWS=_CHUNK,
+            ROWS=_ADD_ROWS,
             COLUMNS=_ACTIVATED_COLUMNS,
             ALIGNMENT=alignment(group, out.itemsize),
             num_warps=4,
@@ -478,7 +481,7 @@ class LargeBatchPlan:
             c.shape[-1],
             *widths,
             TOKENS=_TOKENS,
-            ROWS=_CHUNK,
+            ROWS=_ADD_ROWS,
             COLUMNS=_COLUMNS,
             ALIGNMENT=alignment(group, out.itemsize),
             num_warps=4,
@@ -523,7 +526,7 @@ class LargeBatchPlan:
             parts,
             TOKENS=_ROUTE_TOKENS,
             EXPERTS=max(16, triton.next_power_of_2(self._sizes.num_experts)),
-            ROWS=_CHUNK,
+            ROWS=_ROUTE_ROWS,
             DIMS=32,
             num_warps=4,
         )

@@ -64,64 +64,71 @@ def _project(
     first_site,
     n,
     num_tokens,
-    num_sites,
     h_width,
     blocks,
+    SITES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PART: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """h[part, token, site, row] = (basis; router)[row] · x[token], over the part's columns."""
+    """h[part, token, site, row] = (basis; router)[row] · x[token], over the part's columns.
+
+    A block has rows of several sites, so that they read the input once.
+    """
     item = tl.program_id(0)
-    site = tl.program_id(1)
-    part = tl.program_id(2) // blocks
-    block = tl.program_id(2) % blocks
+    part = tl.program_id(1) // blocks
+    block = tl.program_id(1) % blocks
     header = tl.load(table + READ_HEADER * num_tokens + item)
     if header == 0:
         return
-    row = header_row(header, first_site + site)
-    source = tl.load(row + BASIS)
-    if source == 0:
+    dtype: tl.constexpr = x.dtype.element_ty
+    row_bytes = n.to(tl.int64) * (dtype.primitive_bitwidth // 8)
+    # Of each site its basis' rows, then its router's, where that reads the input.
+    number = block * ROWS + tl.arange(0, ROWS)
+    addresses = tl.zeros((ROWS,), tl.int64)
+    to = tl.zeros((ROWS,), tl.int32)
+    first = tl.zeros((), tl.int64)
+    for site in tl.static_range(SITES):
+        row = header_row(header, first_site + site)
+        basis = tl.load(row + BASIS)
+        router = tl.load(row + ROUTER)
+        reads_input = (basis != 0) & (router != 0) & (tl.load(row + READS_BASIS) == 0)
+        d = tl.where(basis != 0, tl.load(row + BASIS_DIM), 0)
+        end = first + d + tl.where(reads_input, tl.load(row + NUM_EXPERTS), 0)
+        local = number - first
+        address = tl.where(local < d, basis + local * row_bytes, router + (local - d) * row_bytes)
+        mine = (number >= first) & (number < end)
+        addresses = tl.where(mine, address, addresses)
+        to = tl.where(mine, site * h_width + local.to(tl.int32), to)
+        first = end
+    if block * ROWS >= first:
         return
-    total = tl.load(row + BASIS_DIM)
-    # Blocks of the basis' rows come first, then the router's, where that reads the input.
-    to = h
-    first = block.to(tl.int64) * ROWS
-    if first >= total:
-        first = (block - tl.cdiv(total, ROWS)) * ROWS
-        to += total
-        source = tl.load(row + ROUTER)
-        reads_input = (source != 0) & (tl.load(row + READS_BASIS) == 0)
-        total = tl.where(reads_input, tl.load(row + NUM_EXPERTS), 0)
-        if first >= total:
-            return
-    rows = first + tl.arange(0, ROWS)
+    known = number < first
+    weights = tl.multiple_of(addresses.to(tl.pointer_type(dtype)), [ALIGNMENT])
     count = tl.load(table + READ_COUNT * num_tokens + item)
     start = tl.load(table + READ_START * num_tokens + item)
-    dtype: tl.constexpr = x.dtype.element_ty
-    weights = aligned(source, dtype, ALIGNMENT) + rows * n
-    end = tl.minimum(n, part * PART + PART)
+    stop = tl.minimum(n, part * PART + PART)
     index = tl.arange(0, TOKENS)
     mine = index < count
     tokens = tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0)
     sums = tl.zeros((TOKENS, ROWS), tl.float32)
-    for begin in range(part * PART, end, COLUMNS):
+    for begin in range(part * PART, stop, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
         w = tl.load(
             weights[:, None] + columns[None, :],
-            mask=(rows < total)[:, None] & (columns < end)[None, :],
+            mask=known[:, None] & (columns < stop)[None, :],
             other=0.0,
         )
         v = tl.load(
             x + tokens[:, None] * n + columns[None, :],
-            mask=mine[:, None] & (columns < end)[None, :],
+            mask=mine[:, None] & (columns < stop)[None, :],
             other=0.0,
         )
         sums = tl.dot(v, tl.trans(w), sums, input_precision="ieee")
-    at = ((part * num_tokens + tokens) * num_sites + site) * h_width
-    tl.store(to + at[:, None] + rows[None, :], sums, mask=mine[:, None] & (rows < total)[None, :])
+    at = (part * num_tokens + tokens) * SITES * h_width
+    tl.store(h + at[:, None] + to[None, :], sums, mask=mine[:, None] & known[None, :])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -245,26 +252,32 @@ def _route(
 
 
 @triton.jit
-def _add_rows(
-    sums, header, site, c, at, c_width, mine, columns, width,
-    ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
-):  # fmt: skip
-    """sums[token, column] + Σ weight · row, where the adapter of `header` has this site."""
-    dtype: tl.constexpr = c.dtype.element_ty
+def _up_projections(header, site, dtype: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """A site's up-projections and how many rows they have: none without an adapter, or where it
+    does not adapt the site.
+    """
     row = header_row(header, site)
-    known = tl.load(row + BASIS) != 0
-    total = tl.where(known, tl.load(row + NUM_EXPERTS) * tl.load(row + RANK), 0)
-    experts = aligned(tl.load(row + UP), dtype, ALIGNMENT)
-    for first in range(0, total, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        weights = tl.load(c + at[:, None] * c_width + rows[None, :], mask=mine[:, None], other=0.0)
-        up_rows = tl.load(
-            experts + rows.to(tl.int64)[:, None] * width + columns[None, :],
-            mask=(rows < total)[:, None] & (columns < width)[None, :],
-            other=0.0,
-        )
-        sums = tl.dot(weights, up_rows, sums, input_precision="ieee")
-    return sums
+    has = header != 0
+    up = tl.load(row + UP, mask=has, other=0)
+    total = tl.load(row + NUM_EXPERTS, mask=has, other=0) * tl.load(row + RANK, mask=has, other=0)
+    known = tl.load(row + BASIS, mask=has, other=0) != 0
+    return aligned(up, dtype, ALIGNMENT), tl.where(known, total, 0)
+
+
+@triton.jit
+def _weights(c, at, c_width, mine, first, total, ROWS: tl.constexpr):
+    """(tokens, ROWS) that `_route` left, from a row on; beyond the last one it left zeros."""
+    places = c + at[:, None] * c_width + first + tl.arange(0, ROWS)[None, :]
+    return tl.load(places, mask=(tl.where(mine, total, 0) > first)[:, None], other=0.0)
+
+
+@triton.jit
+def _up_rows(up, columns, width, first, total, ROWS: tl.constexpr):
+    """(ROWS, columns) of up-projections, from a row on."""
+    rows = first + tl.arange(0, ROWS)
+    places = up + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    mask = (rows < total)[:, None] & (columns < width)[None, :]
+    return tl.load(places, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -292,28 +305,38 @@ def _expand(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
+    MORE_ROWS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """out[token, the tile's columns] += Σ weight · row, for tokens of one adapter."""
-    tile = tl.program_id(0)
+    """out[token, the span's columns] += Σ weight · row, for tokens of one adapter."""
+    span = tl.program_id(0)
     item = tl.program_id(1)
-    vector: tl.constexpr = ALIGNMENT * 8 // out.dtype.element_ty.primitive_bitwidth
-    site, offset, start, width = site_tile(tile, width_0, width_1, width_2, COLUMNS, vector)
+    dtype: tl.constexpr = out.dtype.element_ty
+    vector: tl.constexpr = ALIGNMENT * 8 // dtype.primitive_bitwidth
+    site, offset, start, width = site_tile(span, width_0, width_1, width_2, SPAN, vector)
     header = tl.load(table + ADD_HEADER * num_tokens + item)
-    if header == 0:
-        return
-    if tl.load(header_row(header, first_site + site) + BASIS) == 0:
+    up, total = _up_projections(header, first_site + site, dtype, ALIGNMENT)
+    if total == 0:
         return
     tokens, mine = _added_tokens(table, num_tokens, item, TOKENS)
-    columns = offset + tl.arange(0, COLUMNS)
-    places = out + tokens[:, None] * out_width + start + columns[None, :]
-    mask = mine[:, None] & (columns < width)[None, :]
-    sums = _add_rows(
-        tl.load(places, mask=mask, other=0.0).to(tl.float32),
-        header, first_site + site, c, tokens * num_sites + site, c_width, mine, columns, width,
-        ROWS, ALIGNMENT,
-    )  # fmt: skip
-    tl.store(places, sums.to(out.dtype.element_ty), mask=mask)
+    at = tokens * num_sites + site
+    weights = _weights(c, at, c_width, mine, 0, total, ROWS)
+    end = tl.minimum(offset + SPAN, width)
+    for begin in tl.range(offset, end, COLUMNS, num_stages=STAGES):
+        columns = begin + tl.arange(0, COLUMNS)
+        places = out + tokens[:, None] * out_width + start + columns[None, :]
+        mask = mine[:, None] & (columns < width)[None, :]
+        sums = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+        rows = _up_rows(up, columns, width, 0, total, ROWS)
+        sums = tl.dot(weights, rows, sums, input_precision="ieee")
+        if MORE_ROWS:
+            for first in range(ROWS, total, ROWS):
+                more = _weights(c, at, c_width, mine, first, total, ROWS)
+                rows = _up_rows(up, columns, width, first, total, ROWS)
+                sums = tl.dot(more, rows, sums, input_precision="ieee")
+        tl.store(places, sums.to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -329,31 +352,46 @@ def _activate(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
+    MORE_ROWS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
     """activated = silu(gate) · up, of out = (gate, up) with what adapters add to either."""
-    tile = tl.program_id(0)
+    span = tl.program_id(0)
     item = tl.program_id(1)
+    dtype: tl.constexpr = out.dtype.element_ty
     if tl.load(table + ADD_COUNT * num_tokens + item) == 0:
         return
     header = tl.load(table + ADD_HEADER * num_tokens + item)
+    of_gate, gate_total = _up_projections(header, first_site, dtype, ALIGNMENT)
+    of_up, up_total = _up_projections(header, first_site + 1, dtype, ALIGNMENT)
     tokens, mine = _added_tokens(table, num_tokens, item, TOKENS)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    mask = mine[:, None] & (columns < width)[None, :]
-    places = out + tokens[:, None] * (2 * width) + columns[None, :]
-    gate = tl.load(places, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(places + width, mask=mask, other=0.0).to(tl.float32)
-    if header != 0:
-        at = tokens * 2
-        gate = _add_rows(
-            gate, header, first_site, c, at, c_width, mine, columns, width, ROWS, ALIGNMENT
-        )
-        up = _add_rows(
-            up, header, first_site + 1, c, at + 1, c_width, mine, columns, width, ROWS, ALIGNMENT
-        )
-    values = gate * tl.sigmoid(gate) * up
-    to = activated + tokens[:, None] * width + columns[None, :]
-    tl.store(to, values.to(activated.dtype.element_ty), mask=mask)
+    at = tokens * 2
+    gate_weights = _weights(c, at, c_width, mine, 0, gate_total, ROWS)
+    up_weights = _weights(c, at + 1, c_width, mine, 0, up_total, ROWS)
+    end = tl.minimum(span * SPAN + SPAN, width)
+    for begin in tl.range(span * SPAN, end, COLUMNS, num_stages=STAGES):
+        columns = begin + tl.arange(0, COLUMNS)
+        mask = mine[:, None] & (columns < width)[None, :]
+        places = out + tokens[:, None] * (2 * width) + columns[None, :]
+        gate = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(places + width, mask=mask, other=0.0).to(tl.float32)
+        rows = _up_rows(of_gate, columns, width, 0, gate_total, ROWS)
+        gate = tl.dot(gate_weights, rows, gate, input_precision="ieee")
+        rows = _up_rows(of_up, columns, width, 0, up_total, ROWS)
+        up = tl.dot(up_weights, rows, up, input_precision="ieee")
+        if MORE_ROWS:
+            for first in range(ROWS, tl.maximum(gate_total, up_total), ROWS):
+                more = _weights(c, at, c_width, mine, first, gate_total, ROWS)
+                rows = _up_rows(of_gate, columns, width, first, gate_total, ROWS)
+                gate = tl.dot(more, rows, gate, input_precision="ieee")
+                more = _weights(c, at + 1, c_width, mine, first, up_total, ROWS)
+                rows = _up_rows(of_up, columns, width, first, up_total, ROWS)
+                up = tl.dot(more, rows, up, input_precision="ieee")
+        values = gate * tl.sigmoid(gate) * up
+        to = activated + tokens[:, None] * width + columns[None, :]
+        tl.store(to, values.to(dtype), mask=mask)
 
 
 _TOKENS = 64
@@ -365,14 +403,19 @@ _ROUTE_ROWS = 64
 _PART = 2048
 """Columns of a basis that a program of `_project` reads."""
 _READ_ROWS = 64
-"""Rows of a basis and router that a program reads."""
+"""Rows of bases and routers that a program reads at most."""
 _READ_COLUMNS = 128
 """Columns that go through the tensor cores together."""
 _ADD_ROWS = 64
-_COLUMNS = 128
-"""Rows and columns of an up-projection that a program adds."""
-_ACTIVATED_COLUMNS = 64
-"""Of gate and of up, that a program activates."""
+_COLUMNS = 64
+"""Rows and columns of an up-projection that a program adds together."""
+_ACTIVATED_COLUMNS = 32
+"""Of gate and of up, that a program activates together."""
+_SPAN = 512
+"""Columns that it does one after the other: what it must read before it knows where its rows lie
+takes as long as a few tiles."""
+_STAGES = 2
+"""Of them that are read at a time."""
 _CHUNK = 64
 """Weights of up-projection rows are stored, and products with the input too, in whole chunks."""
 
@@ -434,7 +477,7 @@ class LargeBatchPlan:
         _, c = self._buffers(group)
         width = group.sites[0].width
         activated = out.new_empty((len(x), width))
-        _activate[(triton.cdiv(width, _ACTIVATED_COLUMNS), self._num_items)](
+        _activate[(triton.cdiv(width, _SPAN), self._num_items)](
             out,
             activated,
             c,
@@ -443,14 +486,21 @@ class LargeBatchPlan:
             width,
             self.num_tokens,
             c.shape[-1],
-            TOKENS=_TOKENS,
-            ROWS=_ADD_ROWS,
             COLUMNS=_ACTIVATED_COLUMNS,
-            ALIGNMENT=alignment(group, out.itemsize),
-            num_warps=4,
-            num_stages=1,
+            **self._of_adding(group, out.itemsize),
         )
         return activated
+
+    def _of_adding(self, group: Group, itemsize: int) -> dict[str, int | bool]:
+        return {
+            "TOKENS": _TOKENS,
+            "ROWS": _ADD_ROWS,
+            "SPAN": _SPAN,
+            "STAGES": _STAGES,
+            "MORE_ROWS": self._sizes.rows > _ADD_ROWS,
+            "ALIGNMENT": alignment(group, itemsize),
+            "num_warps": 4,
+        }
 
     def _product(self, x: Tensor, group: Group, base: BaseProduct) -> Tensor:
         """The base product, and beside it the weights of the up-projections' rows."""
@@ -469,8 +519,8 @@ class LargeBatchPlan:
     def _expand(self, out: Tensor, group: Group) -> None:
         _, c = self._buffers(group)
         widths = site_widths(group)
-        tiles = sum(triton.cdiv(width, _COLUMNS) for width in widths)
-        _expand[(tiles, self._num_adds)](
+        spans = sum(triton.cdiv(width, _SPAN) for width in widths)
+        _expand[(spans, self._num_adds)](
             out,
             c,
             self._table,
@@ -480,32 +530,29 @@ class LargeBatchPlan:
             len(group.sites),
             c.shape[-1],
             *widths,
-            TOKENS=_TOKENS,
-            ROWS=_ADD_ROWS,
             COLUMNS=_COLUMNS,
-            ALIGNMENT=alignment(group, out.itemsize),
-            num_warps=4,
-            num_stages=1,
+            **self._of_adding(group, out.itemsize),
         )
 
     def _weigh(self, x: Tensor, group: Group) -> None:
         n, sites = x.shape[1], len(group.sites)
         h, c = self._buffers(group)
         parts = len(h)
-        sizes = (self._sizes.basis_dim, self._sizes.num_experts)
-        blocks = sum(triton.cdiv(size, _READ_ROWS) for size in sizes)
-        _project[(self._num_reads, sites, parts * blocks)](
+        rows = sites * (self._sizes.basis_dim + self._sizes.num_experts)
+        rows_together = min(_READ_ROWS, triton.next_power_of_2(rows))
+        blocks = triton.cdiv(rows, rows_together)
+        _project[(self._num_reads, parts * blocks)](
             x,
             h,
             self._table,
             group.first_site,
             n,
             self.num_tokens,
-            sites,
             h.shape[-1],
             blocks,
+            SITES=sites,
             TOKENS=_TOKENS,
-            ROWS=_READ_ROWS,
+            ROWS=rows_together,
             COLUMNS=_READ_COLUMNS,
             PART=_PART,
             ALIGNMENT=alignment(group, x.itemsize),

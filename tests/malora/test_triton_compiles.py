@@ -28,15 +28,16 @@ KERNELS = {
     "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16), 4),
     "product": (product._multiply, product.constants(64, 2, False, False), 4),
     "project": (large._project, dict(
-        TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
+        SITES=3, TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
         PART=large._PART, ALIGNMENT=16), 4),
     "route": (large._route, dict(
-        TOKENS=large._ROUTE_TOKENS, EXPERTS=16, ROWS=large._CHUNK, DIMS=32), 4),
+        TOKENS=large._ROUTE_TOKENS, EXPERTS=16, ROWS=large._ROUTE_ROWS, DIMS=32), 4),
     "expand": (large._expand, dict(
-        TOKENS=large._TOKENS, ROWS=large._CHUNK, COLUMNS=large._COLUMNS, ALIGNMENT=16), 4),
+        TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._COLUMNS, SPAN=large._SPAN,
+        STAGES=large._STAGES, MORE_ROWS=False, ALIGNMENT=16), 4),
     "activate": (large._activate, dict(
-        TOKENS=large._TOKENS, ROWS=large._CHUNK, COLUMNS=large._ACTIVATED_COLUMNS,
-        ALIGNMENT=16), 4),
+        TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._ACTIVATED_COLUMNS,
+        SPAN=large._SPAN, STAGES=large._STAGES, MORE_ROWS=False, ALIGNMENT=16), 4),
 }
 kernel, values, warps = KERNELS[sys.argv[1]]
 signature = {

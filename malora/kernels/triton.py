@@ -77,9 +77,10 @@ def _project(
 
     A block has rows of several sites, so that they read the input once.
     """
-    item = tl.program_id(0)
-    part = tl.program_id(1) // blocks
-    block = tl.program_id(1) % blocks
+    # Blocks first: those of the same tokens run together, and find the input in the cache.
+    part = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    item = tl.program_id(1)
     header = tl.load(table + READ_HEADER * num_tokens + item)
     if header == 0:
         return
@@ -400,7 +401,7 @@ _ROUTE_TOKENS = 32
 """Of those, that a program routes: with more, their products fill a multiprocessor's registers."""
 _ROUTE_ROWS = 64
 """Rows of an up-projection that it weighs together."""
-_PART = 2048
+_PART = 4096
 """Columns of a basis that a program of `_project` reads."""
 _READ_ROWS = 64
 """Rows of bases and routers that a program reads at most."""
@@ -408,14 +409,13 @@ _READ_COLUMNS = 128
 """Columns that go through the tensor cores together."""
 _ADD_ROWS = 64
 _COLUMNS = 64
-"""Rows and columns of an up-projection that a program adds together."""
-_ACTIVATED_COLUMNS = 32
-"""Of gate and of up, that a program activates together."""
+"""Rows and columns of up-projections that a program adds together."""
 _SPAN = 512
-"""Columns that it does one after the other: what it must read before it knows where its rows lie
-takes as long as a few tiles."""
+_ACTIVATED_SPAN = 1024
+"""Columns that it adds, and of gate and of up that it activates, some after the others: what it
+must read before it knows where its rows lie takes as long as a few of them."""
 _STAGES = 2
-"""Of them that are read at a time."""
+"""How many are read ahead of one another."""
 _CHUNK = 64
 """Weights of up-projection rows are stored, and products with the input too, in whole chunks."""
 
@@ -477,7 +477,7 @@ class LargeBatchPlan:
         _, c = self._buffers(group)
         width = group.sites[0].width
         activated = out.new_empty((len(x), width))
-        _activate[(triton.cdiv(width, _SPAN), self._num_items)](
+        _activate[(triton.cdiv(width, _ACTIVATED_SPAN), self._num_items)](
             out,
             activated,
             c,
@@ -486,7 +486,7 @@ class LargeBatchPlan:
             width,
             self.num_tokens,
             c.shape[-1],
-            COLUMNS=_ACTIVATED_COLUMNS,
+            SPAN=_ACTIVATED_SPAN,
             **self._of_adding(group, out.itemsize),
         )
         return activated
@@ -495,7 +495,7 @@ class LargeBatchPlan:
         return {
             "TOKENS": _TOKENS,
             "ROWS": _ADD_ROWS,
-            "SPAN": _SPAN,
+            "COLUMNS": _COLUMNS,
             "STAGES": _STAGES,
             "MORE_ROWS": self._sizes.rows > _ADD_ROWS,
             "ALIGNMENT": alignment(group, itemsize),
@@ -530,7 +530,7 @@ class LargeBatchPlan:
             len(group.sites),
             c.shape[-1],
             *widths,
-            COLUMNS=_COLUMNS,
+            SPAN=_SPAN,
             **self._of_adding(group, out.itemsize),
         )
 
@@ -541,7 +541,7 @@ class LargeBatchPlan:
         rows = sites * (self._sizes.basis_dim + self._sizes.num_experts)
         rows_together = min(_READ_ROWS, triton.next_power_of_2(rows))
         blocks = triton.cdiv(rows, rows_together)
-        _project[(self._num_reads, parts * blocks)](
+        _project[(parts * blocks, self._num_reads)](
             x,
             h,
             self._table,

@@ -36,8 +36,8 @@ KERNELS = {
         TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._COLUMNS, SPAN=large._SPAN,
         STAGES=large._STAGES, MORE_ROWS=False, ALIGNMENT=16), 4),
     "activate": (large._activate, dict(
-        TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._ACTIVATED_COLUMNS,
-        SPAN=large._SPAN, STAGES=large._STAGES, MORE_ROWS=False, ALIGNMENT=16), 4),
+        TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._COLUMNS,
+        SPAN=large._ACTIVATED_SPAN, STAGES=large._STAGES, MORE_ROWS=False, ALIGNMENT=16), 4),
 }
 kernel, values, warps = KERNELS[sys.argv[1]]
 signature = {

@@ -1,5 +1,7 @@
 """MLPs whose activation a plan may make: which ones they are, and that it comes out the same."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -71,11 +73,13 @@ def test_the_plan_makes_what_the_model_makes(kind):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES)
     model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    context = AdapterContext()
+    gpu_model = copy.deepcopy(model).to(GPU)
+    context, gpu_context = AdapterContext(), AdapterContext()
     groups = group_linears(model, context)
+    assert group_linears(gpu_model, gpu_context) == groups
     memory = torch.zeros(1 << 20, dtype=torch.uint8)
-    of_cpu = ResidentAdapters(groups, torch.float32, memory.clone())
-    of_gpu = ResidentAdapters(groups, torch.float32, memory.to(GPU))
+    of_cpu = ResidentAdapters(groups, torch.float32, memory)
+    of_gpu = ResidentAdapters(groups, torch.float32, memory.to(GPU, copy=True))
     linears = {
         site.path: AdaptedLinear(
             basis=torch.randn(6, group.in_features) / 5,
@@ -96,16 +100,15 @@ def test_the_plan_makes_what_the_model_makes(kind):
     plan = LargeBatchPlan(81, of_gpu)
     plan.load([Run(*span, on_gpu) for span in spans])
     assert isinstance(plan, ActivatingPlan)
+    gpu_context.start(plan)
     x = torch.randn(1, 81, 32)
-    for layer in model.model.layers:
-        assert isinstance(layer.mlp, GatedMlp)
+    for layer, gpu_layer in zip(model.model.layers, gpu_model.model.layers, strict=True):
+        assert isinstance(gpu_layer.mlp, GatedMlp)
         context.start(of_model)
         want = layer.mlp(x)
         context.start(None)
         base = layer.mlp(x)
-        context.start(plan)
-        got = layer.to(GPU).mlp(x.to(GPU)).cpu()
-        layer.cpu()
+        got = gpu_layer.mlp(x.to(GPU)).cpu()
         torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
         changed = (want != base).any(-1)[0]
         assert changed.tolist() == [True] * 3 + [False] * 2 + [True] * 75 + [False]

@@ -32,7 +32,7 @@ Map = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
 """`map`, or a thread pool's: how to do the same for each of many tensors."""
 Header = list[tuple[str, str, list[int]]]
 """A weights file's tensors in the order of their values: name, dtype as DTYPES names it, shape."""
-_BYTES_AT_A_TIME = 2**19
+_BYTES_AT_A_TIME = 2**20
 """What one thread reads and checks, unless a tensor is larger."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes an adapter's tensors may have, by their names in a safetensors header."""
@@ -107,6 +107,8 @@ class _Stretch:
     sizes: list[int] = field(default_factory=list)
     """Of each, in bytes."""
     nbytes: int = 0
+    values: Tensor = field(init=False)
+    """All of them, in memory."""
 
 
 class Weights:
@@ -148,8 +150,10 @@ class Weights:
         tensors = {}
         for stretch in self._stretches:
             counts = [size // stretch.dtype.itemsize for size in stretch.sizes]
-            values = self._values(stretch).split_with_sizes(counts)
-            for name, of_tensor in zip(stretch.names, values, strict=True):
+            memory = self.memory[stretch.start :][: stretch.nbytes]
+            stretch.values = memory.view(stretch.dtype)
+            parts = stretch.values.split_with_sizes(counts)
+            for name, of_tensor in zip(stretch.names, parts, strict=True):
                 tensors[name] = of_tensor.view(shapes[name])
         self.tensors = {name: tensors[name] for name in sorted(tensors)}
         """On the CPU, independent of the file, and without values until `read`."""
@@ -170,7 +174,7 @@ class Weights:
             start = stretch.start
             stop = start + stretch.nbytes
             _read_into(data[start:stop], self.file.fileno(), self.start + stretch.at)
-            if not _is_finite(self._values(stretch)):
+            if not _is_finite(stretch.values):
                 raise self._not_finite(stretch.names)
             digests = []
             for size in stretch.sizes:
@@ -179,9 +183,6 @@ class Weights:
             return digests
 
         return dict(chain.from_iterable(map(read, self._stretches)))
-
-    def _values(self, stretch: _Stretch) -> Tensor:
-        return self.memory[stretch.start :][: stretch.nbytes].view(stretch.dtype)
 
     def _not_finite(self, names: list[str]) -> AdapterFormatError:
         name = next(name for name in names if not _is_finite(self.tensors[name]))

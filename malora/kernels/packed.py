@@ -42,6 +42,11 @@ sizes, how far apart experts read the basis where no coefficients are stored (0 
 for block selectors), and whether the router reads the basis."""
 
 _NUM_ADDRESSES = 4
+_SHARES = 16
+"""Packing is so many calls for threads to make: threads that take Python's lock for every tensor
+wait for one another longer than they copy."""
+_Share = tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]
+"""Tensors to be written, with what; which of them are scaled then, by what."""
 _NOWHERE = -1
 """In a packed table of headers, where addresses are offsets: none."""
 
@@ -227,22 +232,31 @@ def pack(
     paths: the linears of the base model in the order of the headers.
     """
     values = basis.view(dtype), own.view(dtype)
-
-    def write(index: int) -> None:
-        linear = linears[packed.linears[index].path]
+    shares: list[_Share] = [([], [], [], []) for _ in range(_SHARES)]
+    for index, of_packed in enumerate(packed.linears):
+        to, given, scaled, factors = shares[index % _SHARES]
+        linear = linears[of_packed.path]
+        tensors = packed.tensors(index, *values)
         up, scaling = linear.up, linear.scaling
         if scaling != 1 and torch.promote_types(up.dtype, dtype) != dtype:
             up, scaling = up.float() * scaling, 1  # rounded once, to the dtype it is stored in
-        given = (linear.basis, linear.router, linear.coefficients, up.transpose(1, 2))
-        tensors = packed.tensors(index, *values)
-        # In one call, for which a thread takes Python's lock once.
-        torch._foreach_copy_(tensors, [tensor for tensor in given if tensor is not None])
+        parts = (linear.basis, linear.router, linear.coefficients, up.transpose(1, 2))
+        to += tensors
+        given += [part for part in parts if part is not None]
         if scaling != 1:
-            tensors[-1].mul_(scaling)
-
-    for _ in map(write, range(len(packed.linears))):
+            scaled.append(tensors[-1])
+            factors.append(scaling)
+    for _ in map(_write, shares):
         pass
     packed.headers(own)[:] = _offsets(packed, paths)
+
+
+def _write(share: _Share) -> None:
+    to, given, scaled, factors = share
+    if to:
+        torch._foreach_copy_(to, given)
+    if scaled:
+        torch._foreach_mul_(scaled, factors)
 
 
 def pack_whole(

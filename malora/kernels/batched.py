@@ -97,7 +97,7 @@ def plan_batch(runs: Sequence[Run], num_tokens: int, adapters: ResidentAdapters)
         from malora.kernels.cpu import CpuPlan
 
         return CpuPlan(runs, num_tokens, adapters.dtype)
-    from malora.kernels.triton import gpu_plan
+    from malora.kernels.large_batch import gpu_plan
 
     plan = gpu_plan(num_tokens, adapters)
     plan.load(runs)

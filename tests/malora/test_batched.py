@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from malora.format import AdaptedLinear
-from malora.kernels import reference, triton
+from malora.kernels import large_batch, reference
 from malora.kernels.batched import ActivatingPlan, Routing, Run, plan_batch
 from malora.kernels.cpu import DENSE_TOKENS
 from malora.kernels.resident import Group, ResidentAdapters, Site
@@ -231,10 +231,10 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, num_seq
     out = torch.randn(position, sum(widths), generator=generator)
     want = expected(x, out, runs, linears, sites)
     # Batches of prompts take another form than decoding ones; few tokens do here, to be quick.
-    with mock.patch.object(triton, "_PART", 512):
+    with mock.patch.object(large_batch, "_PART", 512):
         if form.startswith("large"):
             many = 4 if form == "large, any mix" else None
-            plan = triton.LargeBatchPlan(position, adapters, many)
+            plan = large_batch.LargeBatchPlan(position, adapters, many)
         else:
             capacity = {
                 "small, any mix": Capacity.of_any(position),

@@ -16,7 +16,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from malora.kernels import beside, product, small_batch, triton as large
+from malora.kernels import beside, large_batch as large, product, small_batch
 
 ALIGNED = {"n", "m", "out_width", "width", "width_0", "width_1", "width_2", "h_width", "c_width"}
 POINTERS = {
@@ -27,15 +27,15 @@ POINTERS = {
 KERNELS = {
     "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16), 4),
     "product": (product._multiply, product.constants(64, 2, False, False), 4),
-    "project": (large._project, dict(
+    "project": (large.project, dict(
         SITES=3, TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
         PART=large._PART, ALIGNMENT=16), 4),
-    "route": (large._route, dict(
+    "route": (large.route, dict(
         TOKENS=large._ROUTE_TOKENS, EXPERTS=16, ROWS=large._ROUTE_ROWS, DIMS=32), 4),
-    "expand": (large._expand, dict(
+    "expand": (large.expand, dict(
         TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._COLUMNS, SPAN=large._SPAN,
         STAGES=large._STAGES, MORE_ROWS=False, ALIGNMENT=16), 4),
-    "activate": (large._activate, dict(
+    "activate": (large.activate, dict(
         TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._COLUMNS,
         SPAN=large._ACTIVATED_SPAN, STAGES=large._STAGES, MORE_ROWS=False, ALIGNMENT=16), 4),
 }

@@ -10,8 +10,8 @@ from torch import nn
 from malora.format import AdaptedLinear
 from malora.kernels.batched import ActivatingPlan, Run
 from malora.kernels.cpu import CpuPlan
+from malora.kernels.large_batch import LargeBatchPlan
 from malora.kernels.resident import ResidentAdapters
-from malora.kernels.triton import LargeBatchPlan
 from malora_server.model.gated_mlp import GatedMlp, is_gated
 from malora_server.model.linears import AdapterContext, group_linears
 
@@ -49,6 +49,11 @@ class Swapped(Llama):
         return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
+class OfTwo(Llama):
+    def forward(self, x, y):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(y))
+
+
 class Clamped(Llama):
     def forward(self, x):
         if x.max() > 1:
@@ -64,7 +69,15 @@ class WithNorm(Llama):
 
 def test_only_that_code_is_taken_over():
     assert is_gated(Llama())
-    for other in (Scaled(), Swapped(), Clamped(), WithNorm(), Llama(nn.GELU()), nn.Linear(4, 4)):
+    for other in (
+        Scaled(),
+        Swapped(),
+        OfTwo(),
+        Clamped(),
+        WithNorm(),
+        Llama(nn.GELU()),
+        nn.Linear(4, 4),
+    ):
         assert not is_gated(other)
 
 

@@ -31,9 +31,8 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         group = self._group[0]
         if group.context.activates:
-            out: Tensor = self.mlp.down_proj(group.activated(x))  # type: ignore[operator]
-            return out
-        return self.mlp(x)  # type: ignore[no-any-return]
+            return self.mlp.down_proj(group.activated(x))  # type: ignore[operator]
+        return self.mlp(x)
 
 
 def is_gated(module: nn.Module) -> bool:
@@ -44,10 +43,10 @@ def is_gated(module: nn.Module) -> bool:
     if not isinstance(children["act_fn"], nn.SiLU | SiLUActivation):
         return False
     try:
-        *_, output = _Tracer().trace(module).nodes
+        x, *_, output = _Tracer().trace(module).nodes
     except Exception:  # whatever code does that asks for values of x
         return False
-    return _written(output.args[0]) == _EXPRESSION
+    return _written(output.args[0], x) == _EXPRESSION
 
 
 class _Tracer(fx.Tracer):
@@ -57,13 +56,13 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _written(node: object) -> str:
+def _written(node: object, x: fx.Node) -> str:
     """What a traced value is, as Python would write it; "?" for what does not matter here."""
+    if node is x:
+        return "x"
     if not isinstance(node, fx.Node) or node.kwargs:
         return "?"
-    if node.op == "placeholder":
-        return "x"
-    arguments = [_written(argument) for argument in node.args]
+    arguments = [_written(argument, x) for argument in node.args]
     if node.op == "call_module":
         return f"{node.target}({', '.join(arguments)})"
     return " * ".join(arguments) if node.target is operator.mul else "?"

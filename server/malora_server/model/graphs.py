@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from malora.kernels.batched import Routing, Run
+from malora.kernels.large_batch import GpuPlan, LargeBatchPlan
 from malora.kernels.resident import ResidentAdapters, Sizes
 from malora.kernels.small_batch import MAX_TOKENS, Capacity, SmallBatchPlan
-from malora.kernels.triton import GpuPlan, LargeBatchPlan
 from malora_server.model.attention import AttentionContext
 from malora_server.model.flash import FlashStep, Pages
 from malora_server.model.loader import LoadedModel

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -45,8 +45,6 @@ _NUM_ADDRESSES = 4
 _SHARES = 16
 """Packing is so many calls for threads to make: threads that take Python's lock for every tensor
 wait for one another longer than they copy."""
-_Share = tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]
-"""Tensors to be written, with what; which of them are scaled then, by what."""
 _NOWHERE = -1
 """In a packed table of headers, where addresses are offsets: none."""
 
@@ -92,6 +90,27 @@ class PackedLinear(NamedTuple):
         if self.has_coefficients:
             yield self.num_experts, self.r, self.basis_dim
         yield self.num_experts, self.r, self.out_features
+
+
+@dataclass
+class _Share:
+    """Tensors to be written with what is given, and those of them that are scaled then; and
+    up-projections of a wider dtype, which are scaled before, to be rounded once.
+    """
+
+    to: list[Tensor] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)
+    scaled: list[Tensor] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
+    narrowed: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+
+    def write(self) -> None:
+        if self.to:
+            torch._foreach_copy_(self.to, self.given)
+        if self.scaled:
+            torch._foreach_mul_(self.scaled, self.factors)
+        for to, up, scaling in self.narrowed:
+            to.copy_(up.float() * scaling)
 
 
 class _Layout(NamedTuple):
@@ -232,31 +251,25 @@ def pack(
     paths: the linears of the base model in the order of the headers.
     """
     values = basis.view(dtype), own.view(dtype)
-    shares: list[_Share] = [([], [], [], []) for _ in range(_SHARES)]
+    shares = [_Share() for _ in range(_SHARES)]
     for index, of_packed in enumerate(packed.linears):
-        to, given, scaled, factors = shares[index % _SHARES]
-        linear = linears[of_packed.path]
-        tensors = packed.tensors(index, *values)
-        up, scaling = linear.up, linear.scaling
-        if scaling != 1 and torch.promote_types(up.dtype, dtype) != dtype:
-            up, scaling = up.float() * scaling, 1  # rounded once, to the dtype it is stored in
-        parts = (linear.basis, linear.router, linear.coefficients, up.transpose(1, 2))
-        to += tensors
-        given += [part for part in parts if part is not None]
-        if scaling != 1:
-            scaled.append(tensors[-1])
-            factors.append(scaling)
-    for _ in map(_write, shares):
+        share, linear = shares[index % _SHARES], linears[of_packed.path]
+        *to, to_up = packed.tensors(index, *values)
+        up = linear.up.transpose(1, 2)
+        parts = (linear.basis, linear.router, linear.coefficients)
+        share.to += to
+        share.given += [part for part in parts if part is not None]
+        if linear.scaling != 1 and torch.promote_types(up.dtype, dtype) != dtype:
+            share.narrowed.append((to_up, up, linear.scaling))
+            continue
+        share.to.append(to_up)
+        share.given.append(up)
+        if linear.scaling != 1:
+            share.scaled.append(to_up)
+            share.factors.append(linear.scaling)
+    for _ in map(_Share.write, shares):
         pass
     packed.headers(own)[:] = _offsets(packed, paths)
-
-
-def _write(share: _Share) -> None:
-    to, given, scaled, factors = share
-    if to:
-        torch._foreach_copy_(to, given)
-    if scaled:
-        torch._foreach_mul_(scaled, factors)
 
 
 def pack_whole(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,10 @@ class BatchPlan(Protocol):
     def separate(self) -> bool:
         """Whether `apply` leaves the sum to whoever reads it."""
 
+    @property
+    def activates(self) -> bool:
+        """Whether it is an `ActivatingPlan`."""
+
     def start(self) -> None:
         """To be called before each forward pass."""
 
@@ -80,7 +84,6 @@ class BatchPlan(Protocol):
         """
 
 
-@runtime_checkable
 class ActivatingPlan(BatchPlan, Protocol):
     """One that takes an MLP's outputs through their activation where it adds to them, which is to
     read and write them once less.

@@ -178,6 +178,7 @@ class CpuPlan:
     """A batch's adapters on the CPU: long runs in the dense form, other tokens one by one."""
 
     separate = False
+    activates = False
 
     def __init__(self, runs: Sequence[Run], num_tokens: int, dtype: torch.dtype) -> None:
         """dtype: the adapters'."""

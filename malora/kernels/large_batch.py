@@ -62,6 +62,7 @@ class LargeBatchPlan:
     """
 
     separate = False
+    activates = True
 
     def __init__(
         self, num_tokens: int, adapters: ResidentAdapters, num_sequences: int | None = None

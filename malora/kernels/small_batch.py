@@ -127,6 +127,7 @@ class SmallBatchPlan:
     """
 
     separate = True
+    activates = False
 
     def __init__(
         self, num_tokens: int, adapters: ResidentAdapters, capacity: Capacity | None = None

@@ -120,6 +120,15 @@ def project(
     tl.store(h + at[:, None] + to[None, :], sums, mask=mine[:, None] & known[None, :])
 
 
+@triton.jit
+def _added_tokens(table, num_tokens, item, first, TOKENS: tl.constexpr):
+    """The tokens of an item, from one on, and which of them there are."""
+    index = first + tl.arange(0, TOKENS)
+    mine = index < tl.load(table + ADD_COUNT * num_tokens + item)
+    start = tl.load(table + ADD_START * num_tokens + item)
+    return tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0), mine
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def route(
     h,
@@ -142,9 +151,8 @@ def route(
     item = tl.program_id(0)
     site = tl.program_id(1)
     first_index = tl.program_id(2) * TOKENS
-    num_mine = tl.load(table + ADD_COUNT * num_tokens + item)
     header = tl.load(table + ADD_HEADER * num_tokens + item)
-    if (header == 0) | (first_index >= num_mine):
+    if (header == 0) | (first_index >= tl.load(table + ADD_COUNT * num_tokens + item)):
         return
     row = header_row(header, first_site + site)
     if tl.load(row + BASIS) == 0:
@@ -158,16 +166,14 @@ def route(
     router = tl.load(row + ROUTER).to(tl.pointer_type(dtype))
     coefficients = tl.load(row + COEFFICIENTS).to(tl.pointer_type(dtype))
     has_coefficients = tl.load(row + COEFFICIENTS) != 0
-    index = first_index + tl.arange(0, TOKENS)
-    mine = index < num_mine
-    start = tl.load(table + ADD_START * num_tokens + item)
-    tokens = tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0)
+    tokens, mine = _added_tokens(table, num_tokens, item, first_index, TOKENS)
     at = (tokens * num_sites + site)[:, None]
     part_stride = num_tokens.to(tl.int64) * num_sites * h_width
-    # Its parts are summed once, where the first one lies.
+    # Parts are summed once, where the first one lies.
     width = d + tl.where(
         (count > 1) & (tl.load(row + READS_BASIS) == 0), count, tl.zeros_like(count)
     )
+    width = tl.where(parts > 1, width, 0)
     for begin in range(0, width, DIMS):
         column = begin + tl.arange(0, DIMS)
         mask = mine[:, None] & (column < width)[None, :]
@@ -270,12 +276,20 @@ def _up_rows(up, columns, width, first, total, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _added_tokens(table, num_tokens, item, TOKENS: tl.constexpr):
-    """The tokens of an item, and which of them there are."""
-    index = tl.arange(0, TOKENS)
-    mine = index < tl.load(table + ADD_COUNT * num_tokens + item)
-    start = tl.load(table + ADD_START * num_tokens + item)
-    return tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0), mine
+def _add_rows(
+    sums, weights, up, c, at, c_width, mine, columns, width, total,
+    ROWS: tl.constexpr, MORE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """sums[token, column] + Σ weight · row; weights: those of the first ROWS rows."""
+    sums = tl.dot(
+        weights, _up_rows(up, columns, width, 0, total, ROWS), sums, input_precision="ieee"
+    )
+    if MORE_ROWS:
+        for first in range(ROWS, total, ROWS):
+            more = _weights(c, at, c_width, mine, first, total, ROWS)
+            rows = _up_rows(up, columns, width, first, total, ROWS)
+            sums = tl.dot(more, rows, sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -309,7 +323,7 @@ def expand(
     up, total = _up_projections(header, first_site + site, dtype, ALIGNMENT)
     if total == 0:
         return
-    tokens, mine = _added_tokens(table, num_tokens, item, TOKENS)
+    tokens, mine = _added_tokens(table, num_tokens, item, 0, TOKENS)
     at = tokens * num_sites + site
     weights = _weights(c, at, c_width, mine, 0, total, ROWS)
     end = tl.minimum(offset + SPAN, width)
@@ -318,13 +332,9 @@ def expand(
         places = out + tokens[:, None] * out_width + start + columns[None, :]
         mask = mine[:, None] & (columns < width)[None, :]
         sums = tl.load(places, mask=mask, other=0.0).to(tl.float32)
-        rows = _up_rows(up, columns, width, 0, total, ROWS)
-        sums = tl.dot(weights, rows, sums, input_precision="ieee")
-        if MORE_ROWS:
-            for first in range(ROWS, total, ROWS):
-                more = _weights(c, at, c_width, mine, first, total, ROWS)
-                rows = _up_rows(up, columns, width, first, total, ROWS)
-                sums = tl.dot(more, rows, sums, input_precision="ieee")
+        sums = _add_rows(
+            sums, weights, up, c, at, c_width, mine, columns, width, total, ROWS, MORE_ROWS
+        )
         tl.store(places, sums.to(dtype), mask=mask)
 
 
@@ -355,7 +365,7 @@ def activate(
     header = tl.load(table + ADD_HEADER * num_tokens + item)
     of_gate, gate_total = _up_projections(header, first_site, dtype, ALIGNMENT)
     of_up, up_total = _up_projections(header, first_site + 1, dtype, ALIGNMENT)
-    tokens, mine = _added_tokens(table, num_tokens, item, TOKENS)
+    tokens, mine = _added_tokens(table, num_tokens, item, 0, TOKENS)
     at = tokens * 2
     gate_weights = _weights(c, at, c_width, mine, 0, gate_total, ROWS)
     up_weights = _weights(c, at + 1, c_width, mine, 0, up_total, ROWS)
@@ -366,18 +376,14 @@ def activate(
         places = out + tokens[:, None] * (2 * width) + columns[None, :]
         gate = tl.load(places, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(places + width, mask=mask, other=0.0).to(tl.float32)
-        rows = _up_rows(of_gate, columns, width, 0, gate_total, ROWS)
-        gate = tl.dot(gate_weights, rows, gate, input_precision="ieee")
-        rows = _up_rows(of_up, columns, width, 0, up_total, ROWS)
-        up = tl.dot(up_weights, rows, up, input_precision="ieee")
-        if MORE_ROWS:
-            for first in range(ROWS, tl.maximum(gate_total, up_total), ROWS):
-                more = _weights(c, at, c_width, mine, first, gate_total, ROWS)
-                rows = _up_rows(of_gate, columns, width, first, gate_total, ROWS)
-                gate = tl.dot(more, rows, gate, input_precision="ieee")
-                more = _weights(c, at + 1, c_width, mine, first, up_total, ROWS)
-                rows = _up_rows(of_up, columns, width, first, up_total, ROWS)
-                up = tl.dot(more, rows, up, input_precision="ieee")
+        gate = _add_rows(
+            gate, gate_weights, of_gate, c, at, c_width, mine, columns, width, gate_total,
+            ROWS, MORE_ROWS,
+        )  # fmt: skip
+        up = _add_rows(
+            up, up_weights, of_up, c, at + 1, c_width, mine, columns, width, up_total,
+            ROWS, MORE_ROWS,
+        )  # fmt: skip
         values = gate * tl.sigmoid(gate) * up
         to = activated + tokens[:, None] * width + columns[None, :]
         tl.store(to, values.to(dtype), mask=mask)

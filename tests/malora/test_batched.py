@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from malora.format import AdaptedLinear
 from malora.kernels import large_batch, reference
-from malora.kernels.batched import ActivatingPlan, Routing, Run, plan_batch
+from malora.kernels.batched import Routing, Run, plan_batch
 from malora.kernels.cpu import DENSE_TOKENS
 from malora.kernels.resident import Group, ResidentAdapters, Site
 from malora.kernels.small_batch import Capacity, SmallBatchPlan
@@ -255,7 +255,7 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, num_seq
             assert plan.separate == (not form.startswith("large")) == (delta is not None)
             got = got if delta is None else got + delta
             torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-4)
-        if isinstance(plan, ActivatingPlan) and len(sites) == 2:
+        if plan.activates and len(sites) == 2:
             taken.zero_()
             got = plan.activate(x.to(GPU), group, lambda _linear: out.clone().to(GPU))
             gate, up = want.chunk(2, 1)

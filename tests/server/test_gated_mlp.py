@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from malora.format import AdaptedLinear
-from malora.kernels.batched import ActivatingPlan, Run
+from malora.kernels.batched import Run
 from malora.kernels.cpu import CpuPlan
 from malora.kernels.large_batch import LargeBatchPlan
 from malora.kernels.resident import ResidentAdapters
@@ -112,7 +112,7 @@ def test_the_plan_makes_what_the_model_makes(kind):
     of_model = CpuPlan([Run(*span, on_cpu) for span in spans], 81, torch.float32)
     plan = LargeBatchPlan(81, of_gpu)
     plan.load([Run(*span, on_gpu) for span in spans])
-    assert isinstance(plan, ActivatingPlan)
+    assert plan.activates
     gpu_context.start(plan)
     x = torch.randn(1, 81, 32)
     for layer, gpu_layer in zip(model.model.layers, gpu_model.model.layers, strict=True):

@@ -7,7 +7,9 @@ a view of the group's output.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
+from typing import cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -45,7 +47,7 @@ class AdapterContext:
         """Set the plan of the forward pass that begins, on whatever stream it is launched on."""
         self.plan = plan
         self.separate = plan is not None and plan.separate
-        self.activates = isinstance(plan, ActivatingPlan)
+        self.activates = plan is not None and plan.activates
         if plan is not None:
             plan.start()
 
@@ -119,21 +121,14 @@ class LinearGroup(nn.Module):
         plan = self.context.plan
         if plan is None:
             return self._base_product(x, rows, scales, F.linear), None
-        return plan.apply(
-            x.view(-1, x.shape[-1]),
-            self.group,
-            lambda linear: self._base_product(x, rows, scales, linear),
-        )
+        base = partial(self._base_product, x, rows, scales)
+        return plan.apply(x.view(-1, x.shape[-1]), self.group, base)
 
     def compute_activated(self, x: Tensor, rows: Tensor | None, scales: Tensor | None) -> Tensor:
         """`compute`, through the activation: (…, width of gate)."""
-        plan = self.context.plan
-        assert isinstance(plan, ActivatingPlan)
-        out = plan.activate(
-            x.view(-1, x.shape[-1]),
-            self.group,
-            lambda linear: self._base_product(x, rows, scales, linear),
-        )
+        plan = cast(ActivatingPlan, self.context.plan)
+        base = partial(self._base_product, x, rows, scales)
+        out = plan.activate(x.view(-1, x.shape[-1]), self.group, base)
         return out.view(*x.shape[:-1], -1)
 
     def _base_product(

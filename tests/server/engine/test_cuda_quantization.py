@@ -91,6 +91,7 @@ def test_a_quantised_base_is_right_for_every_mix(base, quantization, most, tmp_p
         plain = np.stack([logprobs(x) for x in cpu.generate(forced, score)])
         adapted = np.array([name is not None for name in names])
         changes = np.abs(plain - want)
+        # The CPU's sums may be in another order where a batch has other adapters.
         assert (changes[~adapted] < 1e-4).all()
         assert not adapted.any() or changes[adapted].mean() > 2 * most
 

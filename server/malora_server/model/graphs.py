@@ -291,7 +291,7 @@ class StepGraphs:
         key = kind, rows, adapted
         found = self._graphs.get(key)
         if found is None or (adapted and found[0] != sizes):
-            self._graphs.pop(key, None)
+            # The old one stays until then: without any graph, their memory pool would be gone.
             self._graphs[key] = found = sizes, self._captured(kind, rows, adapted)
         return found[1]
 

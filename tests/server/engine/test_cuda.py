@@ -220,6 +220,22 @@ def test_a_prompts_routing_is_sampled_as_on_the_cpu(cores):
             assert entropies[0] == pytest.approx(entropies[1], abs=0.1)
 
 
+def test_a_larger_adapter_replaces_the_only_graphs():
+    config = EngineConfig(
+        base="",
+        max_num_seqs=1,
+        kv_cache_memory=1 << 25,
+        adapter_device_memory=1 << 28,
+        max_model_len=512,
+    )
+    core = EngineCore(config, half_precision_model(small_config()).to(DEVICE))
+    sampling = SamplingParams(max_tokens=4, temperature=0.0, seed=0, ignore_eos=True)
+    for kind in ("lora", "wide"):
+        core.adapters.add(kind, make_linears(core, kind, 0))
+        [(ids, _)] = generate(core, [(prompts(1)[0], kind)], sampling)
+        assert len(ids) == 4
+
+
 def test_an_adapter_from_disk_is_right_from_its_first_step_on(tmp_path):
     """Each comes while others decode; its prompt is scored as soon as it may be, and once more."""
     torch.manual_seed(1)

@@ -75,3 +75,11 @@ def site_widths(group: Group) -> tuple[int, int, int]:
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """What runs beside base products."""
     return torch.cuda.Stream(device)
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """A GPU's multiprocessors; some for Triton's interpreter, which has none."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4

@@ -3,13 +3,14 @@
 Keys and values of every layer live in blocks of `block_size` token slots; a sequence's block table
 says which. The model runs on the step's tokens laid end to end, (1, T); this module writes their
 keys and values to their slots and lets each token attend to its own sequence alone: in torch, on
-any device and in any dtype, or by FlashInfer (`model/flash.py`).
+any device and in any dtype; on CUDA by FlashInfer (`model/flash.py`) or, of a token a sequence, by
+a kernel of our own (`model/decode_attention.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -26,6 +27,24 @@ IMPLEMENTATION = "malora_paged"
 Ints = NDArray[np.int64]
 LARGEST = 1e15
 """No model's keys or values come near it; its products with any query stay finite."""
+
+
+def flat_tables(
+    lengths: Ints, block_tables: list[list[int]], block_size: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The blocks of B chunks' keys, end to end.
+
+    lengths: (B,) keys of each. Returns (B + 1,) each chunk's first place in the table, and the
+    length of that; and the table.
+    """
+    used = -(-lengths // block_size)
+    blocks = (table[:n] for table, n in zip(block_tables, used.tolist(), strict=True))
+    return cumulated(used), np.fromiter(chain.from_iterable(blocks), np.int32, int(used.sum()))
+
+
+def cumulated(counts: Ints) -> NDArray[np.int32]:
+    """(B + 1,) the sum of those before each of the B counts, and of all."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
 class QueryBlock:

@@ -1,8 +1,7 @@
-"""Paged attention by FlashInfer, in half precision on CUDA.
+"""Paged attention of steps with prompts by FlashInfer, in half precision on CUDA.
 
 FlashInfer divides a batch's work on the host (`plan`), once a step for each kind of attention that
-the model's layers have, and reads the division from device memory, so that a captured graph stays
-right when the next step's is loaded.
+the model's layers have. Its launches differ from step to step, so that no graph holds them.
 """
 
 from __future__ import annotations
@@ -15,84 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from malora_server.model.attention import LARGEST, LayerCache
+from malora_server.model.attention import LayerCache, cumulated, flat_tables
+from malora_server.model.kv_store import store
 from malora_server.model.pieces import PiecewiseGraph
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
 _WORKSPACE_BYTES = 256 << 20
 """For the partial results of sequences that are read in several parts."""
-
-
-@triton.jit
-def _store_one(pool, new, slot, token, token_stride, head_stride, heads, dim, HEADS, DIM, LIMIT):
-    head = tl.arange(0, HEADS)[:, None]
-    column = tl.arange(0, DIM)[None, :]
-    inside = (head < heads) & (column < dim)
-    x = tl.load(new + token * token_stride + head * head_stride + column, mask=inside, other=0.0)
-    wide = x.to(tl.float32)
-    finite = tl.where(tl.abs(wide) < float("inf"), tl.clamp(wide, -LIMIT, LIMIT), 0.0)
-    tl.store(pool + (slot * heads + head) * dim + column, finite.to(x.dtype), mask=inside)
-
-
-@triton.jit
-def _store(
-    keys,
-    values,
-    new_keys,
-    new_values,
-    slots,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
-    heads,
-    dim,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    LIMIT: tl.constexpr,
-):
-    """Each token's keys and values to its slot, NaN and infinities as zeros."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
-    _store_one(
-        keys, new_keys, slot, token, key_token_stride, key_head_stride, heads, dim,
-        HEADS, DIM, LIMIT,
-    )  # fmt: skip
-    _store_one(
-        values, new_values, slot, token, value_token_stride, value_head_stride, heads, dim,
-        HEADS, DIM, LIMIT,
-    )  # fmt: skip
-
-
-def store(cache: LayerCache, key: Tensor, value: Tensor, slots: Tensor) -> None:
-    """Write the tokens' keys and values, (T, kv_heads, D), to their slots, (T,) int64.
-
-    What others may read as padding, or once the slot is theirs, must be finite.
-    """
-    heads, dim = cache.keys.shape[2:]
-    _store[(len(slots),)](
-        cache.keys,
-        cache.values,
-        key,
-        value,
-        slots,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        heads,
-        dim,
-        HEADS=triton.next_power_of_2(heads),
-        DIM=triton.next_power_of_2(dim),
-        LIMIT=min(LARGEST, torch.finfo(key.dtype).max),
-        num_warps=4,
-    )
 
 
 @dataclass(frozen=True)
@@ -118,23 +50,9 @@ class Pages:
     ) -> Pages:
         """starts, counts: (B,) first position and number of tokens of each chunk."""
         ends = starts + counts
-        used = -(-ends // block_size)
-        table = np.concatenate(
-            [
-                np.array(blocks[:n], np.int32)
-                for blocks, n in zip(block_tables, used.tolist(), strict=True)
-            ]
-        )
-        return cls(
-            _cumulated(counts),
-            _cumulated(used),
-            table,
-            ((ends - 1) % block_size + 1).astype(np.int32),
-        )
-
-
-def _cumulated(counts: NDArray[np.int64]) -> NDArray[np.int32]:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        blocks, table = flat_tables(ends, block_tables, block_size)
+        last = (ends - 1) % block_size + 1
+        return cls(cumulated(counts), blocks, table, last.astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -152,13 +70,13 @@ class _Kind:
 
 
 class FlashStep:
-    """One step's tokens; loaded with the next step's, also after a graph captured its kernels."""
+    """One step's tokens; loaded with the next step's, also after graphs captured what is between
+    its attentions.
+    """
 
-    def __init__(self, device: torch.device, graph: tuple[int, int] | None = None) -> None:
-        """graph: the number of tokens, one a sequence, and most blocks, that a graph captures."""
+    def __init__(self, device: torch.device) -> None:
         self._pieces: PiecewiseGraph | None = None
         self._device = device
-        self._graph = graph
         self._wrappers: dict[_Kind, Any] = {}
         self._pages: Pages | None = None
         self._copied = torch.cuda.Event()
@@ -217,24 +135,7 @@ class FlashStep:
     def _wrapper(self) -> Any:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper  # takes seconds to import
 
-        workspace = _workspace(self._device)
-        if self._graph is None:
-            return BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
-        tokens, blocks = self._graph
-
-        def buffer(size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.int32, device=self._device)
-
-        return BatchPrefillWithPagedKVCacheWrapper(
-            workspace,
-            "NHD",
-            use_cuda_graph=True,
-            qo_indptr_buf=buffer(tokens + 1),
-            paged_kv_indptr_buf=buffer(tokens + 1),
-            paged_kv_indices_buf=buffer(blocks),
-            paged_kv_last_page_len_buf=buffer(tokens),
-            backend="fa2",
-        )
+        return BatchPrefillWithPagedKVCacheWrapper(_workspace(self._device), "NHD", backend="fa2")
 
     def _plan(self, wrapper: Any, kind: _Kind) -> None:
         pages = self._pages

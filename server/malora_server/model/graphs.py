@@ -2,7 +2,7 @@
 
 A graph has a fixed number of rows; a batch takes the smallest that it fits, and rows beyond it read
 and write the cache's spare block. What differs between steps lies in device memory that is written
-before a replay: tokens, positions, slots, FlashInfer's division of the work, the table of adapters.
+before a replay: tokens, positions, slots, attention's division of its work, the table of adapters.
 So one graph is right for every mix of adapters. Batches without any take graphs of their own, which
 launch nothing for them.
 
@@ -27,7 +27,8 @@ from malora.kernels.batched import Routing, Run
 from malora.kernels.large_batch import GpuPlan, LargeBatchPlan
 from malora.kernels.resident import ResidentAdapters, Sizes
 from malora.kernels.small_batch import MAX_TOKENS, Capacity, SmallBatchPlan
-from malora_server.model.attention import AttentionContext
+from malora_server.model.attention import AttentionContext, attention_layers
+from malora_server.model.decode_attention import DecodeStep
 from malora_server.model.flash import FlashStep, Pages
 from malora_server.model.loader import LoadedModel
 from malora_server.model.pieces import PiecewiseGraph, unowned
@@ -138,7 +139,7 @@ class _Graph(ABC):
 class _DecodeGraph(_Graph):
     """One token a sequence; the logits of all."""
 
-    def __init__(self, shared: _Shared, rows: int, plan: GpuPlan | None, step: FlashStep) -> None:
+    def __init__(self, shared: _Shared, rows: int, plan: GpuPlan | None, step: DecodeStep) -> None:
         super().__init__(shared, rows, plan)
         self._step = step
         nothing = np.zeros(0, np.int64)
@@ -157,10 +158,8 @@ class _DecodeGraph(_Graph):
         self._copy_tokens(step.tokens)
         rows = self._inputs.shape[1]
         spare = rows - step.tokens.shape[1]
-        starts = np.concatenate([step.starts, np.zeros(spare, np.int64)])
-        tables = step.block_tables + [[self._shared.spare_block]] * spare
-        pages = Pages.of(starts, np.ones(rows, np.int64), tables, self._shared.block_size)
-        self._step.load(self._inputs[2], pages)
+        lengths = np.concatenate([step.starts + 1, np.ones(spare, np.int64)])
+        self._step.load(lengths, step.block_tables + [[self._shared.spare_block]] * spare)
 
 
 class _MixedGraph(_Graph):
@@ -237,7 +236,7 @@ class StepGraphs:
         self._decode_rows = [n for n in sizes if n < most + 8]
         largest = next((n for n in _MIXED_ROWS if n >= max_tokens), _MIXED_ROWS[-1])
         self._mixed_rows = [n for n in _MIXED_ROWS if n <= largest]
-        self._decode_steps: dict[int, FlashStep] = {}
+        self._decode_steps: dict[int, DecodeStep] = {}
         self._graphs: dict[tuple[type[_Graph], int, bool], tuple[Sizes, _Graph]] = {}
 
     def capture(self, adapted: bool) -> None:
@@ -308,6 +307,11 @@ class StepGraphs:
         if adapted:
             plan = SmallBatchPlan(rows, shared.adapters, Capacity.of_any(rows))
         if rows not in self._decode_steps:
-            blocks = rows * self._max_blocks
-            self._decode_steps[rows] = FlashStep(shared.loaded.device, (rows, blocks))
+            self._decode_steps[rows] = DecodeStep(
+                shared.loaded.device,
+                rows,
+                rows * self._max_blocks,
+                shared.block_size,
+                min(kv_heads for _, (kv_heads, _) in attention_layers(shared.loaded.model)),
+            )
         return _DecodeGraph(shared, rows, plan, self._decode_steps[rows])

@@ -3,10 +3,11 @@
 The kernel's programs are of three kinds, which wait for one another in that order. Those that
 project read a block of a basis' or a router's rows, for the tokens that share them. Those that
 route turn a token's products into gates and weighted expert coordinates, once all its blocks have
-come. Those that expand set some outputs, of one token or of tokens of one adapter, once these are
-routed. A program waits for programs of a lower number alone, and a GPU starts programs in the order
-of their numbers: so somebody always goes on. All need the group's input alone, and none the base
-product: it is made meanwhile, and the two are added by whoever reads them.
+come; a single expert's are what they are. Those that expand set some outputs, of one token or of
+tokens of one adapter, once these are known. A program waits for programs of a lower number alone,
+and a GPU starts programs in the order of their numbers: so somebody always goes on. All need the
+group's input alone, and none the base product: it is made meanwhile, and the two are added by
+whoever reads them.
 
 Which program does what lies in a table in device memory (`small_batch.py`), so that a captured
 graph stays right for every mix of adapters; programs beyond the mix's work end at once.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from malora.kernels.headers import (
     BASIS,
@@ -41,10 +43,10 @@ NUM_TOTALS = tl.constexpr(6)
 # Its rows as long as the batch: of routed tokens, then of adds, then of all tokens in order.
 (
     ROUTE_HEADER, ROUTE_TOKEN, ROUTE_READ, ROUTE_BLOCKS, ROUTE_SHARES, ROUTE_ADD, ROUTE_ALONE,
-    ADD_HEADER, ADD_START, ADD_COUNT, ADD_TOKEN,
-) = (tl.constexpr(i) for i in range(11))  # fmt: skip
+    ADD_HEADER, ADD_START, ADD_COUNT, ADD_TOKEN, ADD_READ, ADD_BLOCKS,
+) = (tl.constexpr(i) for i in range(13))  # fmt: skip
 ORDER = ROUTE_TOKEN
-NUM_ROWS = tl.constexpr(11)
+NUM_ROWS = tl.constexpr(13)
 # Then its rows as long as the longest list of blocks.
 BLOCK_HEADER, BLOCK_START, BLOCK_COUNT, BLOCK_TOKEN, BLOCK_READ, BLOCK_NUMBER = (
     tl.constexpr(i) for i in range(6)
@@ -155,6 +157,17 @@ def _products(h, part_stride, parts, index, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _logits(router, products, inside):
+    """Σ router · products over the dimensions: (EXPERTS, DIMS), (DIMS,) and (DIMS,) to (EXPERTS,).
+
+    What is not inside is 0 anyway. But a product must be rounded before it is added to one of
+    another thread: a compiler that fuses the two makes threads' sums differ, where all of them
+    should have the same, and then an expert's logit is greater than itself.
+    """
+    return tl.sum(tl.where(inside[None, :], router.to(tl.float32) * products[None, :], 0.0), 1)
+
+
+@triton.jit
 def _route(
     h, c, numbers, arrived, expected, taken, token, site, chunk, row, parts, alone,
     num_tokens, num_sites, h_width, c_width, taken_stride,
@@ -202,7 +215,7 @@ def _route(
         logits = tl.zeros((EXPERTS,), tl.float32)
         if count > 1:
             if reads_basis:
-                logits = tl.sum(w.to(tl.float32) * v[None, :], 1)
+                logits = _logits(w, v, dims < d)
                 for begin in range(DIMS, d, DIMS):
                     w = tl.load(
                         router + experts[:, None] * d + begin + dims[None, :],
@@ -210,7 +223,7 @@ def _route(
                         other=0.0,
                     )
                     u = _products(z, part_stride, parts, begin + dims, begin + dims < d, PARTS)
-                    logits += tl.sum(w.to(tl.float32) * u[None, :], 1)
+                    logits += _logits(w, u, begin + dims < d)
             else:
                 logits = _products(z, part_stride, parts, d + experts, experts < count, PARTS)
         logits = tl.where(experts < count, logits, float("-inf"))
@@ -252,12 +265,26 @@ def _route(
 
 
 @triton.jit
+def _weights(c, h, part_stride, parts, at, read_at, rows, known, routed, PARTS: tl.constexpr):
+    """A token's weights of up-projection rows: as routed, or the products of a single expert."""
+    if routed:
+        weights = tl.load(c + at + rows, mask=known, other=0.0).to(tl.float32)
+    else:
+        weights = _products(h + read_at, part_stride, parts, rows, known, PARTS)
+    return weights
+
+
+@triton.jit
 def _expand_alone(
-    delta, c, numbers, ready, row, token, site, offset, start, width, num_sites, chunks, c_width,
-    out_width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    delta, h, c, numbers, counter, expected, routed, row, token, site, offset, start, width, parts,
+    num_tokens, num_sites, h_width, c_width, out_width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """delta[token, the tile's columns] = Σ weight · row."""
+    """delta[token, the tile's columns] = Σ weight · row.
+
+    counter, expected: when the weights are there; routed: or what they are the sums of, for an
+    adapter without routes.
+    """
     dtype: tl.constexpr = delta.dtype.element_ty
     basis = tl.load(row + BASIS)
     num_experts = tl.load(row + NUM_EXPERTS)
@@ -266,12 +293,14 @@ def _expand_alone(
     up = aligned(tl.load(row + UP), dtype, ALIGNMENT)
     total = tl.where(basis != 0, top_k * r, 0)
     at = (token * num_sites + site) * c_width
+    read_at = (token * num_sites + site) * h_width
+    part_stride = num_tokens.to(tl.int64) * num_sites * h_width
     columns = offset + tl.arange(0, COLUMNS)
     inside = columns < width
     rows = tl.arange(0, ROWS)
     number = rows
     if num_experts > 1:
-        _wait(ready, chunks)
+        _wait(counter, expected)
         number = tl.load(numbers + at + rows)
     w = tl.load(
         up + number.to(tl.int64)[:, None] * width + columns[None, :],
@@ -280,9 +309,11 @@ def _expand_alone(
     )
     # A single expert's rows are known: they are on their way while its token is routed.
     if num_experts <= 1:
-        _wait(ready, chunks)
-    weight = tl.load(c + at + rows, mask=rows < total, other=0.0)
-    sums = tl.sum(w.to(tl.float32) * weight.to(tl.float32)[:, None], 0)
+        _wait(counter, expected)
+    weight = _weights(
+        c, h, part_stride, parts, at, read_at, rows, rows < total, routed, PARTS
+    )  # fmt: skip
+    sums = tl.sum(w.to(tl.float32) * weight[:, None], 0)
     for begin in range(ROWS, total, ROWS):
         known = begin + rows < total
         if num_experts > 1:
@@ -294,8 +325,8 @@ def _expand_alone(
             mask=known[:, None] & inside[None, :],
             other=0.0,
         )
-        weight = tl.load(c + at + begin + rows, mask=known, other=0.0)
-        sums += tl.sum(w.to(tl.float32) * weight.to(tl.float32)[:, None], 0)
+        weight = _weights(c, h, part_stride, parts, at, read_at, begin + rows, known, routed, PARTS)
+        sums += tl.sum(w.to(tl.float32) * weight[:, None], 0)
     tl.store(delta + token * out_width + start + columns, sums.to(dtype), mask=inside)
 
 
@@ -394,8 +425,13 @@ def add_beside(
     SHARED_COLUMNS: tl.constexpr,
     COUNT: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    BEHIND: tl.constexpr,
 ):
-    """delta = what each token's adapter adds to the group's base product, 0 where it has none."""
+    """delta = what each token's adapter adds to the group's base product, 0 where it has none.
+
+    BEHIND: launched when all programs of the base product have begun, and at its end only when
+    these have ended too.
+    """
     program = tl.program_id(0)
     rows = table + NUM_TOTALS
     blocks = rows + NUM_ROWS * num_tokens
@@ -466,16 +502,20 @@ def add_beside(
         _arrive(route_counters + num_tokens + route_add)
     elif program < expands:
         alone_add = (program - routes) // tiles
-        alone_header = tl.load(rows + ADD_HEADER * num_tokens + alone_add)
         site, offset, start, width = site_tile(
             (program - routes) % tiles, width_0, width_1, width_2, COLUMNS, vector
         )
+        alone_row = rows + alone_add
+        read = tl.load(alone_row + ADD_READ * num_tokens)
+        is_routed = read < 0
+        num_blocks = tl.load(alone_row + ADD_BLOCKS * num_tokens).to(tl.int32)
         _expand_alone(
-            delta, c, numbers, counters + (site * 2 + 1) * num_tokens + alone_add,
-            header_row(alone_header, first_site + site),
-            tl.load(rows + ADD_TOKEN * num_tokens + alone_add),
-            site, offset, start, width, num_sites, chunks, c_width, out_width,
-            ADD_ROWS, COLUMNS, ALIGNMENT,
+            delta, h, c, numbers,
+            counters + site * 2 * num_tokens + tl.where(is_routed, num_tokens + alone_add, read),
+            tl.where(is_routed, chunks, num_blocks * parts), is_routed,
+            header_row(tl.load(alone_row + ADD_HEADER * num_tokens), first_site + site),
+            tl.load(alone_row + ADD_TOKEN * num_tokens), site, offset, start, width, parts,
+            num_tokens, num_sites, h_width, c_width, out_width, ADD_ROWS, COLUMNS, PARTS, ALIGNMENT,
         )  # fmt: skip
     elif program < shared_expands:
         add = alone_adds + (program - expands) // shared_tiles
@@ -490,3 +530,6 @@ def add_beside(
             tl.load(rows + ADD_COUNT * num_tokens + add), to_site, to_offset, to_start, to_width,
             num_sites, chunks, c_width, out_width, TOKENS, SHARED_ROWS, SHARED_COLUMNS, ALIGNMENT,
         )  # fmt: skip
+    if BEHIND:  # noqa: SIM102 - known when it is compiled
+        if program == tl.num_programs(0) - 1:
+            gdc_wait()

@@ -8,20 +8,33 @@ them waits for their end. This one leaves half of the former, in as much time.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from malora.kernels.headers import num_processors
 
 MAX_TOKENS = 128
 """A tile has all tokens; more of them would not fit in its registers."""
-_COLUMNS = 64
-"""Outputs of a tile."""
-_DEPTH = 128
-"""Inputs of a tile's step."""
 _MAX_TILES = 4096
+
+
+class _Tile(NamedTuple):
+    columns: int
+    """Outputs of a tile."""
+    depth: int
+    """Inputs of its step."""
+    warps: int
+
+    @classmethod
+    def of(cls, num_tokens: int) -> _Tile:
+        # Every tile reads the input: of many tokens that would be more than the weights.
+        return cls(64, 128, 4) if num_tokens <= 64 else cls(128, 64, 8)
 
 
 @triton.jit(do_not_specialize=("num_tokens",))
@@ -41,8 +54,13 @@ def _multiply(
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BEFORE_ITS_INPUT: tl.constexpr,
 ):
-    """A tile of x weightᵀ + bias: all tokens by some outputs, over a part of the inputs."""
+    """A tile of x weightᵀ + bias: all tokens by some outputs, over a part of the inputs.
+
+    BEFORE_ITS_INPUT: launched when the kernel that makes x has not ended yet. What is launched
+    likewise behind this one begins when all its programs have, and x is there.
+    """
     tile = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -50,6 +68,9 @@ def _multiply(
     live = tokens < num_tokens
     depth = tl.cdiv(n // DEPTH, SPLITS) * DEPTH
     begin = part * depth
+    if BEFORE_ITS_INPUT:
+        gdc_wait()
+        gdc_launch_dependents()
     inputs = begin + tl.arange(0, DEPTH)
     w_at = weight + columns[:, None].to(tl.int64) * n + inputs[None, :]
     x_at = x + tokens[:, None] * n + inputs[None, :]
@@ -86,23 +107,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     x: (…, n), contiguous. weight: (m, n). bias: (m,). Launches on one stream at a time.
     """
-    tokens = x.view(-1, x.shape[-1])
-    if not (_has_room(x.device, weight.itemsize) and fits(len(tokens), weight)):
+    if not leaves_room(x, weight):
         return F.linear(x, weight, bias)
-    return multiply(tokens, weight, bias).view(*x.shape[:-1], len(weight))
+    return multiply(x.view(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def leaves_room(x: Tensor, weight: Tensor) -> bool:
+    """Whether this kernel makes their product: others can be launched behind it."""
+    num_tokens = x.numel() // x.shape[-1]
+    return _has_room(x.device, weight.itemsize) and fits(num_tokens, weight)
 
 
 def fits(num_tokens: int, weight: Tensor) -> bool:
     """Whether the kernel's tiles divide the product: of up to MAX_TOKENS, by (m, n) weights."""
     m, n = weight.shape
+    tile = _Tile.of(num_tokens)
     return (
         num_tokens <= MAX_TOKENS
         and type(weight.data) is Tensor
         and weight.is_floating_point()
         and weight.is_contiguous()
-        and m % _COLUMNS == 0
-        and m // _COLUMNS <= _MAX_TILES
-        and n % _DEPTH == 0
+        and m % tile.columns == 0
+        and m // tile.columns <= _MAX_TILES
+        and n % tile.depth == 0
     )
 
 
@@ -113,9 +140,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     (tokens, n), m = x.shape, weight.shape[0]
     tile_tokens = max(16, triton.next_power_of_2(tokens))
-    processors = _num_processors(x.device)
-    splits = _splits(n, m, processors)
-    programs = m // _COLUMNS * splits
+    tile = _Tile.of(tokens)
+    tiles, processors = m // tile.columns, num_processors(x.device)
+    splits = _splits(n // tile.depth, tiles, processors)
+    programs = tiles * splits
     out = torch.empty((tokens, m), dtype=x.dtype, device=x.device)
     size = tile_tokens * m * splits if splits > 1 else 1
     _multiply[(programs,)](
@@ -128,32 +156,38 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         n,
         m,
         tokens,
-        **constants(tile_tokens, splits, programs > processors, bias is not None),
-        num_warps=4,
+        **constants(tile_tokens, splits, programs > processors, bias is not None, x.is_cuda),
+        num_warps=tile.warps,
+        launch_pdl=x.is_cuda,
     )
     return out
 
 
 def constants(
-    tile_tokens: int, splits: int, crowded: bool, has_bias: bool
+    tile_tokens: int, splits: int, crowded: bool, has_bias: bool, on_gpu: bool
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for. crowded: two programs share a multiprocessor."""
+    tile = _Tile.of(tile_tokens)
     return {
         "TOKENS": tile_tokens,
-        "COLUMNS": _COLUMNS,
-        "DEPTH": _DEPTH,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
         "SPLITS": splits,
         # Enough under way to use the memory's whole bandwidth, and no more: others wait behind it.
         "STAGES": 3 if crowded else 4,
         "HAS_BIAS": has_bias,
+        "BEFORE_ITS_INPUT": on_gpu,
     }
 
 
 @cache
-def _splits(n: int, m: int, processors: int) -> int:
-    """Into how many parts the inputs are divided, so that most multiprocessors have a tile."""
+def _splits(steps: int, tiles: int, processors: int) -> int:
+    """Into how many parts the inputs are divided, so that most multiprocessors have a program.
+
+    Not for a few more of them: to sum the parts takes a seventh as long as the product.
+    """
     splits = 1
-    while m // _COLUMNS * splits * 4 < processors * 3 and n >= 8 * splits * _DEPTH:
+    while tiles * splits * 3 < processors * 2 and steps >= 8 * splits:
         splits *= 2
     return splits
 
@@ -166,13 +200,6 @@ def _has_room(device: torch.device, itemsize: int) -> bool:
     if device.type != "cuda":
         return True
     return itemsize == 2 and torch.cuda.get_device_capability(device)[0] in (9, 10)
-
-
-@cache
-def _num_processors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4  # of Triton's interpreter, which has none
 
 
 @cache

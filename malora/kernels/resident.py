@@ -81,6 +81,11 @@ class ResidentAdapter:
         return max(x.num_experts / x.top_k for x in self.packed.linears)
 
     @cached_property
+    def routes(self) -> bool:
+        """Whether gates or coefficients lie between what is read and the up-projections."""
+        return any(x.num_experts > 1 or x.has_coefficients for x in self.packed.linears)
+
+    @cached_property
     def reads(self) -> tuple[tuple[int, int], ...]:
         """The rows of a basis, and of a router that reads the input, of its linears: each pair of
         sizes that there is, once.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,7 +16,6 @@ from malora.kernels import product
 from malora.kernels.batched import BaseProduct, Routing, Run, by_reader
 from malora.kernels.beside import (
     ADD_HEADER,
-    ADD_TOKEN,
     NUM_BLOCK_ROWS,
     NUM_ROWS,
     NUM_TOTALS,
@@ -44,7 +43,7 @@ _PART = 1024
 _SHARED_PART = 256
 """Columns for several; twice as many where there would be more parts than this."""
 _MOST_PARTS = 32
-_ROUTE_ROWS = 16
+_ROUTE_ROWS = 32
 """Rows of up-projections that a program weighs."""
 _COLUMNS = 1024
 _SHARED_COLUMNS = 128
@@ -56,7 +55,9 @@ _CHUNK = 64
 
 
 @cache
-def constants(n: int, num_experts: int, count: bool, alignment: int) -> dict[str, int | bool]:
+def constants(
+    n: int, num_experts: int, count: bool, alignment: int, behind: bool
+) -> dict[str, int | bool]:
     """What the kernel is compiled for."""
     return {
         "TOKENS": _TOKENS,
@@ -67,13 +68,14 @@ def constants(n: int, num_experts: int, count: bool, alignment: int) -> dict[str
         "PARTS": triton.next_power_of_2(_max_parts(n)),
         "EXPERTS": triton.next_power_of_2(num_experts),
         "ROUTE_ROWS": _ROUTE_ROWS,
-        "DIMS": 64,
+        "DIMS": 32,
         "ADD_ROWS": 16,
         "COLUMNS": _COLUMNS,
         "SHARED_ROWS": 32,
         "SHARED_COLUMNS": _SHARED_COLUMNS,
         "COUNT": count,
         "ALIGNMENT": alignment,
+        "BEHIND": behind,
     }
 
 
@@ -181,16 +183,28 @@ class SmallBatchPlan:
         if self._stream is None:
             self._add(x, delta, group)
             return base(product.linear), delta
-        self._stream.wait_stream(torch.cuda.current_stream())
+        stream = torch.cuda.current_stream()
+        before = stream.record_event()
+        leaves_room = False
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            nonlocal leaves_room
+            leaves_room = product.leaves_room(x, weight)
+            return product.linear(x, weight, bias)
+
         # The product first: programs of a launch wait until all of the one before have begun, and
-        # its are few, and leave room.
-        out = base(product.linear)
+        # its are few.
+        out = base(linear)
+        if leaves_room:
+            self._add(x, delta, group, behind=True)
+            return out, delta
+        self._stream.wait_event(before)
         with torch.cuda.stream(self._stream):
             self._add(x, delta, group)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        stream.wait_stream(self._stream)
         return out, delta
 
-    def _add(self, x: Tensor, delta: Tensor, group: Group) -> None:
+    def _add(self, x: Tensor, delta: Tensor, group: Group, behind: bool = False) -> None:
         n, sites, tokens = x.shape[1], len(group.sites), self.num_tokens
         h, c, numbers = self._buffers(x, _max_parts(n), sites)
         widths = site_widths(group)
@@ -215,10 +229,11 @@ class SmallBatchPlan:
             delta.shape[1],
             *widths,
             **constants(
-                n, self._sizes.num_experts, taken is not None, alignment(group, x.itemsize)
+                n, self._sizes.num_experts, taken is not None, alignment(group, x.itemsize), behind
             ),
             num_warps=4,
             num_stages=1,
+            launch_pdl=behind,
         )
 
     def _num_programs(self, group: Group, chunks: int) -> int:
@@ -287,9 +302,10 @@ def _num_blocks(adapter: ResidentAdapter) -> int:
 def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray[np.int64]:
     """A plan's table: its totals, its rows of `num_tokens`, and those of `max_blocks`.
 
-    Tokens are ordered by what they read, then by adapter; those without one come last. A read is
-    some of them that read the same, an add some of one adapter, or without any: its start in that
-    order, its count, its first token, and the header of its adapter, or of one of them.
+    Tokens are ordered by what they read, then by adapter; those that need no routes come last, but
+    for those without adapter. A read is some of them that read the same, an add some of one
+    adapter, or without any: its start in that order, its count, its first token, and the header of
+    its adapter, or of one of them.
     """
     table = np.zeros(
         NUM_TOTALS.value + NUM_ROWS.value * num_tokens + NUM_BLOCK_ROWS.value * max_blocks, np.int64
@@ -299,10 +315,12 @@ def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray
     # Of one token each, and of several.
     blocks: tuple[list[tuple[int, ...]], ...] = ([], [])
     adds: tuple[list[tuple[int, ...]], ...] = ([], [])
-    num_reads = position = 0
+    num_reads = num_routed = position = 0
     shared_adds: list[tuple[int, int]] = []
-    for adapters in by_reader(runs):
+    for adapters in sorted(by_reader(runs), key=_needs_no_routes):
         first = position
+        routed = not _needs_no_routes(adapters)
+        num_blocks = _num_blocks(next(iter(adapters)))
         for adapter, tokens in adapters.items():
             begin, position = position, position + len(tokens)
             order[begin:position] = tokens
@@ -314,8 +332,9 @@ def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray
                     shared_adds.append((start, count))
                 rows[ROUTE_ALONE.value, start : start + count] = not shares
                 rows[ROUTE_ADD.value, start : start + count] = len(adds[shares])
-                adds[shares].append((header, start, count, order[start]))
-        num_blocks = _num_blocks(adapter)
+                read = -1 if routed else num_reads + start - first
+                adds[shares].append((header, start, count, order[start], read, num_blocks))
+        num_routed = position if routed else num_routed
         rows[ROUTE_BLOCKS.value, first:position] = num_blocks
         for start, count in _pieces(first, position):
             shares = count > 1
@@ -330,14 +349,22 @@ def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray
         rows[ROUTE_ADD.value, start : start + count] += len(adds[0])
     order[position:] = np.setdiff1d(np.arange(num_tokens), order[:position], assume_unique=True)
     for start in range(position, num_tokens, _TOKENS):
-        adds[1].append((0, start, min(_TOKENS, num_tokens - start), order[start]))
-    table[: NUM_TOTALS.value - 1] = *map(len, blocks), position, *map(len, adds)
-    _fill(rows[ADD_HEADER.value : ADD_TOKEN.value + 1], [*adds[0], *adds[1]])
+        adds[1].append((0, start, min(_TOKENS, num_tokens - start), order[start], -1, 0))
+    table[: NUM_TOTALS.value - 1] = *map(len, blocks), num_routed, *map(len, adds)
+    _fill(rows[ADD_HEADER.value :], [*adds[0], *adds[1]])
     _fill(
         table[-NUM_BLOCK_ROWS.value * max_blocks :].reshape(-1, max_blocks),
         [*blocks[0], *blocks[1]],
     )
     return table
+
+
+def _needs_no_routes(adapters: Mapping[ResidentAdapter, NDArray[np.int64]]) -> bool:
+    """Whether some tokens' products with what they read are their up-projections' weights, and few
+    enough that whoever adds sums their parts: single experts without coefficients.
+    """
+    count = sum(map(len, adapters.values()))
+    return count < _TOGETHER and not any(adapter.routes for adapter in adapters)
 
 
 def _fill(rows: NDArray[np.int64], records: list[tuple[int, ...]]) -> None:

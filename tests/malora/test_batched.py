@@ -61,7 +61,7 @@ adapters_strategy = st.lists(
         st.integers(2, 5),  # experts
         st.integers(1, 3),  # k
         st.integers(1, 4),  # r
-        st.integers(4, 9),  # d
+        st.one_of(st.integers(4, 9), st.integers(33, 40)),  # d
         st.sets(st.sampled_from("qkv"), min_size=1),
     ),
     min_size=1,

@@ -13,7 +13,15 @@ TOLERANCE = {"atol": 0.1, "rtol": 2**-8} if GPU.type == "cuda" else {"atol": 2e-
 
 @pytest.mark.parametrize(
     ("tokens", "m", "n"),
-    [(1, 64, 128), (3, 192, 256), (17, 64, 1152), (33, 128, 2304), (100, 64, 2048), (128, 64, 128)],
+    [
+        (1, 64, 128),
+        (3, 192, 256),
+        (5, 640, 128),
+        (17, 64, 1152),
+        (33, 128, 2304),
+        (100, 128, 2048),
+        (128, 256, 128),
+    ],
 )
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_it_equals_the_product(tokens, m, n, has_bias):

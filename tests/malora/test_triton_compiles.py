@@ -25,8 +25,8 @@ POINTERS = {
     "arrived": "*i32", "table": "*i64", "numbers": "*i32", "counters": "*i32",
 }
 KERNELS = {
-    "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16), 4),
-    "product": (product._multiply, product.constants(64, 2, False, False), 4),
+    "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16, True), 4),
+    "product": (product._multiply, product.constants(64, 2, False, False, True), 4),
     "project": (large.project, dict(
         SITES=3, TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
         PART=large._PART, ALIGNMENT=16), 4),

@@ -121,9 +121,11 @@ def prepare_model(model: PreTrainedModel) -> LoadedModel:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of the single linears, which lie stacked now
         # One compilation for all layers, whatever the batch: their elementwise work becomes a few
-        # kernels between products and attention.
+        # kernels between products and attention, with what can be beside one another in one.
+        # Every model that this process loads counts to the limit, with all forms of its layers.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for _, _, layer in decoder_layers(model):
-            layer.compile(dynamic=True, fullgraph=True)
+            layer.compile(dynamic=True, fullgraph=True, options={"combo_kernels": True})
     config = model.config.get_text_config()
     return LoadedModel(
         model=model,

@@ -157,14 +157,14 @@ def _products(h, part_stride, parts, index, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _logits(router, products, inside):
-    """Σ router · products over the dimensions: (EXPERTS, DIMS), (DIMS,) and (DIMS,) to (EXPERTS,).
+def _sums(weights, products, inside):
+    """Σ weights · products over the dimensions: (ROWS, DIMS), (DIMS,) and (DIMS,) to (ROWS,).
 
-    What is not inside is 0 anyway. But a product must be rounded before it is added to one of
+    What is not inside is 0 anyway. But each product must be rounded before it is added to one of
     another thread: a compiler that fuses the two makes threads' sums differ, where all of them
     should have the same, and then an expert's logit is greater than itself.
     """
-    return tl.sum(tl.where(inside[None, :], router.to(tl.float32) * products[None, :], 0.0), 1)
+    return tl.sum(tl.where(inside[None, :], weights.to(tl.float32) * products[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def _route(
         logits = tl.zeros((EXPERTS,), tl.float32)
         if count > 1:
             if reads_basis:
-                logits = _logits(w, v, dims < d)
+                logits = _sums(w, v, dims < d)
                 for begin in range(DIMS, d, DIMS):
                     w = tl.load(
                         router + experts[:, None] * d + begin + dims[None, :],
@@ -223,7 +223,7 @@ def _route(
                         other=0.0,
                     )
                     u = _products(z, part_stride, parts, begin + dims, begin + dims < d, PARTS)
-                    logits += _logits(w, u, begin + dims < d)
+                    logits += _sums(w, u, begin + dims < d)
             else:
                 logits = _products(z, part_stride, parts, d + experts, experts < count, PARTS)
         logits = tl.where(experts < count, logits, float("-inf"))
@@ -243,7 +243,7 @@ def _route(
         place = tl.sum(tl.where(same, rank[None, :], 0), 1)
         needed = (rows < total) & (place < top_k)
         if has_coefficients:
-            coordinates = tl.sum(p.to(tl.float32) * v[None, :], 1)
+            coordinates = _sums(p, v, dims < d)
             for begin in range(DIMS, d, DIMS):
                 p = tl.load(
                     coefficients + rows[:, None] * d + begin + dims[None, :],
@@ -251,7 +251,7 @@ def _route(
                     other=0.0,
                 )
                 u = _products(z, part_stride, parts, begin + dims, begin + dims < d, PARTS)
-                coordinates += tl.sum(p.to(tl.float32) * u[None, :], 1)
+                coordinates += _sums(p, u, begin + dims < d)
         else:
             source = expert * stride + rows % r
             coordinates = _products(z, part_stride, parts, source, needed, PARTS)

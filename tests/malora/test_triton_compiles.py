@@ -26,6 +26,7 @@ POINTERS = {
 }
 KERNELS = {
     "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16, True), 4),
+    "narrow": (beside.add_beside, small_batch.constants(256, 8, True, 16, True), 4),
     "product": (product._multiply, product.constants(64, 2, False, False, True), 4),
     "project": (large.project, dict(
         SITES=3, TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
@@ -50,24 +51,55 @@ hints = {
 source = ASTSource(kernel, signature, constexprs=values, attrs=hints)
 target = GPUTarget("cuda", 90, 32)
 compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
-print(compiled.asm["ptx"])
+print(compiled.asm[sys.argv[2]])
 """
 
 
-@pytest.mark.parametrize("kernel", ["beside", "product", "project", "route", "expand", "activate"])
-def test_kernels_compile_and_read_wide(kernel, monkeypatch, tmp_path):
+@pytest.fixture
+def compile_kernel(monkeypatch, tmp_path):
+    """`compile_kernel(name, form)`: a kernel's "ptx" or "sass"."""
     # In a process of its own: in this one kernels may be set to be interpreted.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, kernel], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    narrow = len(re.findall(r"ld\.global\.b16", done.stdout))
-    wide = len(re.findall(r"ld\.global\.v4|cp\.async\.cg", done.stdout))
+
+    def compiled(name, form):
+        command = [sys.executable, "-c", COMPILE, name, form]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return compiled
+
+
+@pytest.mark.parametrize("kernel", ["beside", "product", "project", "route", "expand", "activate"])
+def test_kernels_compile_and_read_wide(kernel, compile_kernel):
+    ptx = compile_kernel(kernel, "ptx")
+    narrow = len(re.findall(r"ld\.global\.b16", ptx))
+    wide = len(re.findall(r"ld\.global\.v4|cp\.async\.cg", ptx))
     if kernel != "route":  # which reads little, of any size
         assert wide > 0
     if kernel == "beside":  # which routes too
         assert narrow < wide
     elif kernel != "route":
         assert narrow == 0
+
+
+def test_no_product_is_fused_with_a_sum_over_threads(compile_kernel):
+    """Or threads have sums that differ, and an expert's logit is greater than itself."""
+    sass = compile_kernel("narrow", "sass")
+    widths = {".64": 2, ".128": 4, ".WIDE": 2, "CS2R": 2}
+    received: set[int] = set()  # registers, of another thread's
+    shuffles = 0
+    for operation, rest in re.findall(r"\b([A-Z][A-Z0-9]+(?:\.\w+)*) ([^;/]*)", sass):
+        registers = [int(number) for number in re.findall(r"\bR(\d+)", rest)]
+        if not registers:
+            continue
+        if operation.startswith("SHFL"):
+            shuffles += 1
+            received.add(registers[0])
+            continue
+        if operation == "FFMA":
+            assert received.isdisjoint(registers[1:]), rest
+        width = max((n for text, n in widths.items() if text in operation), default=1)
+        received.difference_update(range(registers[0], registers[0] + width))
+    assert shuffles > 100

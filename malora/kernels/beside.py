@@ -310,9 +310,8 @@ def _expand_alone(
     # A single expert's rows are known: they are on their way while its token is routed.
     if num_experts <= 1:
         _wait(counter, expected)
-    weight = _weights(
-        c, h, part_stride, parts, at, read_at, rows, rows < total, routed, PARTS
-    )  # fmt: skip
+    live = rows < total
+    weight = _weights(c, h, part_stride, parts, at, read_at, rows, live, routed, PARTS)
     sums = tl.sum(w.to(tl.float32) * weight[:, None], 0)
     for begin in range(ROWS, total, ROWS):
         known = begin + rows < total

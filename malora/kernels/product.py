@@ -2,7 +2,8 @@
 
 A decode step's product waits for the bytes of its weights, whoever makes it; but cuBLAS' kernels
 for it take every multiprocessor's registers and shared memory whole, and what adapters do beside
-them waits for their end. This one leaves half of the former, in as much time.
+them waits for their end. This one leaves half of the former, in as much time for up to 64 tokens,
+in a tenth more for twice as many.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the HTTP service costs: the same requests in-process and over HTTP, in turns.
 
     python -m benchmarks.http_serving [--concurrency 16] [--rounds 5] [--json FILE]
-    python -m benchmarks.http_serving --shape 8b --concurrency 64 --kind lora16 --new-tokens 256
+    python -m benchmarks.http_serving --shape 8b --kind lora16 --concurrency 64 --requests 4
 
 Everything shares this machine: the engine, the API process and the clients that ask. On a GPU both
 engines are there at once, and need memory for two models.
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import numpy as np
@@ -45,6 +45,7 @@ def main(
     kind: Annotated[str, Option(help="The adapters' kind.")] = "own",
     concurrency: Annotated[int, Option(help="Requests at a time, each on its adapter.")] = 16,
     new_tokens: Annotated[int, Option(help="Tokens generated for each request.")] = 96,
+    requests: Annotated[int, Option(help="Requests one after another, of each adapter.")] = 1,
     rounds: Annotated[int, Option(help="Times that every row is measured.")] = 5,
     json_file: Annotated[Path | None, Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
@@ -83,9 +84,9 @@ def main(
         ]
         with _server(config) as (url, api):
             rows: dict[str, Callable[[], object]] = {
-                "in process": lambda: llm.generate(prompts, sampling, names),
-                "HTTP": lambda: asyncio.run(_ask(url, bodies, new_tokens, stream=False)),
-                "HTTP, streamed": lambda: asyncio.run(_ask(url, bodies, new_tokens, stream=True)),
+                "in process": lambda: llm.generate(prompts * requests, sampling, names * requests),
+                "HTTP": lambda: asyncio.run(_ask(url, bodies, requests, stream=False)),
+                "HTTP, streamed": lambda: asyncio.run(_ask(url, bodies, requests, stream=True)),
             }
             seconds: dict[str, list[float]] = {row: [] for row in rows}
             busy: dict[str, list[float]] = {row: [] for row in rows}
@@ -102,7 +103,7 @@ def main(
         title=f"{shape}, {concurrency} requests at a time ({kind})",
     )  # fmt: skip
     results = {}
-    num_tokens = concurrency * new_tokens
+    num_tokens = concurrency * requests * new_tokens
     for row, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(seconds["in process"], times, strict=True))
         tokens = num_tokens / statistics.median(times)
@@ -156,25 +157,26 @@ def _server(config: EngineConfig) -> Iterator[tuple[str, psutil.Process]]:
         process.wait()
 
 
-async def _ask(url: str, bodies: list[dict[str, object]], new_tokens: int, stream: bool) -> None:
+async def _ask(url: str, bodies: list[dict[str, Any]], requests: int, stream: bool) -> None:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=len(bodies))
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
 
-        async def complete(body: dict[str, object]) -> None:
-            if stream:
-                usage = await _stream(client, body)
-            else:
-                reply = await client.post("/v1/completions", json=body)
-                reply.raise_for_status()
-                usage = reply.json()["usage"]
-            if usage["completion_tokens"] != new_tokens:
-                count = usage["completion_tokens"]
-                raise RuntimeError(f"{count} tokens came instead of {new_tokens}")
+        async def complete(body: dict[str, Any]) -> None:
+            for _ in range(requests):
+                if stream:
+                    usage = await _stream(client, body)
+                else:
+                    reply = await client.post("/v1/completions", json=body)
+                    reply.raise_for_status()
+                    usage = reply.json()["usage"]
+                count, wanted = usage["completion_tokens"], body["max_tokens"]
+                if count != wanted:
+                    raise RuntimeError(f"{count} tokens came instead of {wanted}")
 
         await asyncio.gather(*(complete(body) for body in bodies))
 
 
-async def _stream(client: httpx.AsyncClient, body: dict[str, object]) -> dict[str, int]:
+async def _stream(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, int]:
     """The usage at the stream's end; what comes before is received, and not looked at."""
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
     end = b""

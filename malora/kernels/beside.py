@@ -1,13 +1,14 @@
 """What adapters add to a small batch's base products, made beside them by one kernel a group.
 
 The kernel's programs are of three kinds, which wait for one another in that order. Those that
-project read a block of a basis' or a router's rows, for the tokens that share them. Those that
-route turn a token's products into gates and weighted expert coordinates, once all its blocks have
-come; a single expert's are what they are. Those that expand set some outputs, of one token or of
-tokens of one adapter, once these are known. A program waits for programs of a lower number alone,
-and a GPU starts programs in the order of their numbers: so somebody always goes on. All need the
-group's input alone, and none the base product: it is made meanwhile, and the two are added by
-whoever reads them.
+project read a block of a basis' or a router's rows, for the tokens that share them; what most
+tokens share is read by programs of the base product (`product.py`). Those that route turn a token's
+products into gates and weighted expert coordinates, once all its blocks have come; a single
+expert's are what they are. Those that expand set some outputs, of one token or of tokens of one
+adapter, once these are known. A program waits for the product's, which began before, and for those
+of a lower number, and a GPU starts programs in the order of their numbers: so somebody always goes
+on. All need the group's input alone, and none the base product's outputs: these are made meanwhile,
+and the two are added by whoever reads them.
 
 Which program does what lies in a table in device memory (`small_batch.py`), so that a captured
 graph stays right for every mix of adapters; programs beyond the mix's work end at once.
@@ -39,7 +40,12 @@ from malora.kernels.headers import (
 # A table's first numbers: how many blocks are read and adds made, for one token and for several
 # together, and how many tokens are routed.
 ALONE_BLOCKS, SHARED_BLOCKS, ROUTED, ALONE_ADDS, SHARED_ADDS = (tl.constexpr(i) for i in range(5))
-NUM_TOTALS = tl.constexpr(6)
+# Then of the common read, which most tokens share and the base product may make: how many of the
+# shared blocks are its, the last ones; its tokens in order; a header; the read of its first block.
+COMMON_BLOCKS, COMMON_START, COMMON_COUNT, COMMON_HEADER, COMMON_READ = (
+    tl.constexpr(i) for i in range(5, 10)
+)
+NUM_TOTALS = tl.constexpr(10)
 # Its rows as long as the batch: of routed tokens, then of adds, then of all tokens in order.
 (
     ROUTE_HEADER, ROUTE_TOKEN, ROUTE_READ, ROUTE_BLOCKS, ROUTE_SHARES, ROUTE_ADD, ROUTE_ALONE,
@@ -52,6 +58,8 @@ BLOCK_HEADER, BLOCK_START, BLOCK_COUNT, BLOCK_TOKEN, BLOCK_READ, BLOCK_NUMBER = 
     tl.constexpr(i) for i in range(6)
 )
 NUM_BLOCK_ROWS = tl.constexpr(6)
+# With whom a routed token shares what it reads: nobody, some others, those of the common read.
+ALONE, TOGETHER, IN_COMMON = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
@@ -63,29 +71,31 @@ def _wait(counter, expected):
 
 
 @triton.jit
-def _arrive(counter):
+def arrive(counter):
+    """Once the program has stored all that whoever waits for it reads."""
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release")
 
 
 @triton.jit
-def _rows_to_read(header, block, site, first_site, ROWS: tl.constexpr):
-    """A block of rows: the address of all, its first, how many there are, and where they go.
-
-    Blocks of the basis' rows come first, then the router's, where that reads the input.
+def rows_to_read(header, site, rows, n, some, dtype: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Rows of a basis, and then of a router that reads the input: an address, where each begins
+    from there, in elements, and how many there are: none unless `some`, or where the adapter does
+    not adapt the site. Rows beyond the last one begin where that does.
     """
-    row = header_row(header, first_site + site)
-    basis = tl.load(row + BASIS)
-    router = tl.load(row + ROUTER)
-    d = tl.load(row + BASIS_DIM)
-    num_experts = tl.load(row + NUM_EXPERTS)
-    reads_input = (router != 0) & (tl.load(row + READS_BASIS) == 0)
-    basis_blocks = tl.cdiv(d, ROWS)
-    of_router = block >= basis_blocks
-    total = tl.where(of_router, tl.where(reads_input, num_experts, 0), d)
-    total = tl.where(basis != 0, total, 0)
-    first = tl.where(of_router, block - basis_blocks, block) * ROWS
-    return tl.where(of_router, router, basis), first, total, tl.where(of_router, d, 0)
+    vector: tl.constexpr = ALIGNMENT * 8 // dtype.primitive_bitwidth
+    row = header_row(header, site)
+    basis = tl.load(row + BASIS, mask=some, other=0)
+    router = tl.load(row + ROUTER, mask=some, other=0)
+    d = tl.load(row + BASIS_DIM, mask=some, other=0)
+    num_experts = tl.load(row + NUM_EXPERTS, mask=some, other=0)
+    reads_input = (router != 0) & (tl.load(row + READS_BASIS, mask=some, other=0) == 0)
+    total = tl.where(basis != 0, d + tl.where(reads_input, num_experts, 0), 0)
+    # From the row after the basis' last one to the router's first, in elements.
+    apart = tl.multiple_of((router - basis) // (dtype.primitive_bitwidth // 8), vector) - d * n
+    rows = tl.minimum(rows, tl.maximum(total - 1, 0))
+    # A product, not a choice, of which the compiler would know no alignment.
+    return basis, rows * n + (rows >= d).to(tl.int64) * apart, total
 
 
 @triton.jit
@@ -94,18 +104,20 @@ def _project_alone(
     ROWS: tl.constexpr, PART: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """h[part, token, site, row] = (basis; router)[row] · x[token], over the part's columns."""
-    source, first, total, to = _rows_to_read(header, block, site, first_site, ROWS)
-    if first < total:
-        rows = first + tl.arange(0, ROWS)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    address, begins, total = rows_to_read(
+        header, first_site + site, rows, n, True, x.dtype.element_ty, ALIGNMENT
+    )
+    weights = aligned(address, x.dtype.element_ty, ALIGNMENT) + begins
+    if block * ROWS < total:
         columns = part * PART + tl.arange(0, PART)
-        weights = aligned(source, x.dtype.element_ty, ALIGNMENT) + rows * n
         w = tl.load(
             weights[:, None] + columns[None, :],
             mask=(rows < total)[:, None] & (columns < n)[None, :],
             other=0.0,
         )
         v = tl.load(x + token * n + columns, mask=columns < n, other=0.0).to(tl.float32)
-        at = ((part * num_tokens + token) * num_sites + site) * h_width + to
+        at = ((part * num_tokens + token) * num_sites + site) * h_width
         tl.store(h + at + rows, tl.sum(w.to(tl.float32) * v[None, :], 1), mask=rows < total)
 
 
@@ -117,10 +129,12 @@ def _project_shared(
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """`_project_alone` for several tokens, on the tensor cores."""
-    source, first, total, to = _rows_to_read(header, block, site, first_site, ROWS)
-    if first < total:
-        rows = first + tl.arange(0, ROWS)
-        weights = aligned(source, x.dtype.element_ty, ALIGNMENT) + rows * n
+    rows = block * ROWS + tl.arange(0, ROWS)
+    address, begins, total = rows_to_read(
+        header, first_site + site, rows, n, True, x.dtype.element_ty, ALIGNMENT
+    )
+    weights = aligned(address, x.dtype.element_ty, ALIGNMENT) + begins
+    if block * ROWS < total:
         index = tl.arange(0, TOKENS)
         mine = index < count
         tokens = tl.load(order + start + index, mask=mine, other=0)
@@ -138,7 +152,7 @@ def _project_shared(
                 other=0.0,
             )
             sums = tl.dot(v, tl.trans(w), sums, input_precision="ieee")
-        at = ((part * num_tokens + tokens) * num_sites + site) * h_width + to
+        at = ((part * num_tokens + tokens) * num_sites + site) * h_width
         tl.store(
             h + at[:, None] + rows[None, :], sums, mask=mine[:, None] & (rows < total)[None, :]
         )
@@ -154,6 +168,16 @@ def _products(h, part_stride, parts, index, mask, PARTS: tl.constexpr):
         other=0.0,
     )
     return tl.sum(values, 0)
+
+
+@triton.jit
+def _matrix(values, rows, count, d, columns):
+    """Some rows and columns of a matrix of `count` rows of d, 0 beyond them."""
+    return tl.load(
+        values + rows[:, None] * d + columns[None, :],
+        mask=(rows < count)[:, None] & (columns < d)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -196,32 +220,27 @@ def _route(
     if chunk * ROWS < total:
         experts = tl.arange(0, EXPERTS)
         dims = tl.arange(0, DIMS)
-        # Before the products are there: a wait for memory costs more than these few bytes.
-        w = tl.load(
-            router + experts[:, None] * d + dims[None, :],
-            mask=(experts < tl.where(reads_basis, count, 0))[:, None] & (dims < d)[None, :],
-            other=0.0,
-        )
-        p = tl.load(
-            coefficients + rows[:, None] * d + dims[None, :],
-            mask=(rows < tl.where(has_coefficients, total, 0))[:, None] & (dims < d)[None, :],
-            other=0.0,
-        )
+        more = DIMS + dims
+        routed = tl.where(reads_basis, count, 0)
+        mixed = tl.where(has_coefficients, total, 0)
+        # Before the products are there, and all that most adapters have: a wait for memory costs
+        # more than these few bytes.
+        w = _matrix(router, experts, routed, d, dims)
+        p = _matrix(coefficients, rows, mixed, d, dims)
+        w_more = _matrix(router, experts, routed, d, more)
+        p_more = _matrix(coefficients, rows, mixed, d, more)
         _wait(arrived, expected)
         at = token * num_sites + site
         z = h + at * h_width
         part_stride = num_tokens.to(tl.int64) * num_sites * h_width
         v = _products(z, part_stride, parts, dims, dims < d, PARTS)
+        v_more = _products(z, part_stride, parts, more, more < d, PARTS)
         logits = tl.zeros((EXPERTS,), tl.float32)
         if count > 1:
             if reads_basis:
-                logits = _sums(w, v, dims < d)
-                for begin in range(DIMS, d, DIMS):
-                    w = tl.load(
-                        router + experts[:, None] * d + begin + dims[None, :],
-                        mask=(experts[:, None] < count) & (begin + dims < d)[None, :],
-                        other=0.0,
-                    )
+                logits = _sums(w, v, dims < d) + _sums(w_more, v_more, more < d)
+                for begin in range(2 * DIMS, d, DIMS):
+                    w = _matrix(router, experts, routed, d, begin + dims)
                     u = _products(z, part_stride, parts, begin + dims, begin + dims < d, PARTS)
                     logits += _sums(w, u, begin + dims < d)
             else:
@@ -243,13 +262,9 @@ def _route(
         place = tl.sum(tl.where(same, rank[None, :], 0), 1)
         needed = (rows < total) & (place < top_k)
         if has_coefficients:
-            coordinates = _sums(p, v, dims < d)
-            for begin in range(DIMS, d, DIMS):
-                p = tl.load(
-                    coefficients + rows[:, None] * d + begin + dims[None, :],
-                    mask=(rows < total)[:, None] & (begin + dims < d)[None, :],
-                    other=0.0,
-                )
+            coordinates = _sums(p, v, dims < d) + _sums(p_more, v_more, more < d)
+            for begin in range(2 * DIMS, d, DIMS):
+                p = _matrix(coefficients, rows, mixed, d, begin + dims)
                 u = _products(z, part_stride, parts, begin + dims, begin + dims < d, PARTS)
                 coordinates += _sums(p, u, begin + dims < d)
         else:
@@ -424,18 +439,23 @@ def add_beside(
     SHARED_COLUMNS: tl.constexpr,
     COUNT: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    COMMON_PARTS: tl.constexpr,
+    COMMON_TILES: tl.constexpr,
     BEHIND: tl.constexpr,
 ):
     """delta = what each token's adapter adds to the group's base product, 0 where it has none.
 
-    BEHIND: launched when all programs of the base product have begun, and at its end only when
-    these have ended too.
+    COMMON_PARTS, COMMON_TILES: the base product makes a site's common read by as many programs, as
+    parts of the input and for each of these; 0 where it is made here. BEHIND: launched when all
+    programs of the base product have begun, and at its end only when these have ended too.
     """
     program = tl.program_id(0)
     rows = table + NUM_TOTALS
     blocks = rows + NUM_ROWS * num_tokens
     alone_blocks = tl.load(table + ALONE_BLOCKS).to(tl.int32)
     shared_blocks = tl.load(table + SHARED_BLOCKS).to(tl.int32)
+    if COMMON_PARTS > 0:
+        shared_blocks -= tl.load(table + COMMON_BLOCKS).to(tl.int32)
     num_routed = tl.load(table + ROUTED).to(tl.int32)
     alone_adds = tl.load(table + ALONE_ADDS).to(tl.int32)
     shared_adds = tl.load(table + SHARED_ADDS).to(tl.int32)
@@ -464,7 +484,7 @@ def add_beside(
             first_site, n, num_tokens, num_sites, h_width, READ_ROWS, PART, ALIGNMENT,
         )  # fmt: skip
         alone_read = tl.load(alone_block + BLOCK_READ * max_blocks)
-        _arrive(counters + alone_site * 2 * num_tokens + alone_read)
+        arrive(counters + alone_site * 2 * num_tokens + alone_read)
     elif program < shared_reads:
         place = (program - reads) // shared_parts
         shared_block = blocks + alone_blocks + place // num_sites
@@ -478,7 +498,7 @@ def add_beside(
             TOKENS, READ_ROWS, SHARED_STEP, SHARED_PART, ALIGNMENT,
         )  # fmt: skip
         shared_read = tl.load(shared_block + BLOCK_READ * max_blocks)
-        _arrive(counters + shared_site * 2 * num_tokens + shared_read)
+        arrive(counters + shared_site * 2 * num_tokens + shared_read)
     elif program < routes:
         route = (program - shared_reads) // chunks
         routed = rows + route // num_sites
@@ -486,19 +506,25 @@ def add_beside(
         route_header = tl.load(routed + ROUTE_HEADER * num_tokens)
         route_token = tl.load(routed + ROUTE_TOKEN * num_tokens)
         route_read = tl.load(routed + ROUTE_READ * num_tokens)
-        shares = tl.load(routed + ROUTE_SHARES * num_tokens) != 0
-        route_parts = tl.where(shares, shared_parts, parts)
-        expected = tl.load(routed + ROUTE_BLOCKS * num_tokens).to(tl.int32) * route_parts
+        shares = tl.load(routed + ROUTE_SHARES * num_tokens)
+        route_parts = tl.where(shares != ALONE, shared_parts, parts)
+        num_blocks = tl.load(routed + ROUTE_BLOCKS * num_tokens).to(tl.int32)
+        if COMMON_PARTS > 0:
+            common = shares == IN_COMMON
+            route_read = tl.where(common, tl.load(table + COMMON_READ), route_read)
+            route_parts = tl.where(common, COMMON_PARTS, route_parts)
+            num_blocks = tl.where(common, COMMON_TILES, num_blocks)
         route_add = tl.load(routed + ROUTE_ADD * num_tokens)
         alone = tl.load(routed + ROUTE_ALONE * num_tokens) != 0
         route_counters = counters + route_site * 2 * num_tokens
         _route(
-            h, c, numbers, route_counters + route_read, expected, taken, route_token, route_site,
+            h, c, numbers, route_counters + route_read, num_blocks * route_parts, taken,
+            route_token, route_site,
             (program - shared_reads) % chunks, header_row(route_header, first_site + route_site),
             route_parts, alone, num_tokens, num_sites, h_width, c_width, taken_stride,
             EXPERTS, ROUTE_ROWS, DIMS, PARTS, COUNT,
         )  # fmt: skip
-        _arrive(route_counters + num_tokens + route_add)
+        arrive(route_counters + num_tokens + route_add)
     elif program < expands:
         alone_add = (program - routes) // tiles
         site, offset, start, width = site_tile(
@@ -507,11 +533,11 @@ def add_beside(
         alone_row = rows + alone_add
         read = tl.load(alone_row + ADD_READ * num_tokens)
         is_routed = read < 0
-        num_blocks = tl.load(alone_row + ADD_BLOCKS * num_tokens).to(tl.int32)
+        add_blocks = tl.load(alone_row + ADD_BLOCKS * num_tokens).to(tl.int32)
         _expand_alone(
             delta, h, c, numbers,
             counters + site * 2 * num_tokens + tl.where(is_routed, num_tokens + alone_add, read),
-            tl.where(is_routed, chunks, num_blocks * parts), is_routed,
+            tl.where(is_routed, chunks, add_blocks * parts), is_routed,
             header_row(tl.load(alone_row + ADD_HEADER * num_tokens), first_site + site),
             tl.load(alone_row + ADD_TOKEN * num_tokens), site, offset, start, width, parts,
             num_tokens, num_sites, h_width, c_width, out_width, ADD_ROWS, COLUMNS, PARTS, ALIGNMENT,

@@ -173,7 +173,7 @@ class LargeBatchPlan:
         n, sites = x.shape[1], len(group.sites)
         h, c = self._buffers(group)
         parts = len(h)
-        rows = sites * (self._sizes.basis_dim + self._sizes.num_experts)
+        rows = sites * self._sizes.reads
         rows_together = min(_READ_ROWS, triton.next_power_of_2(rows))
         blocks = triton.cdiv(rows, rows_together)
         project[(parts * blocks, self._num_reads)](
@@ -221,10 +221,7 @@ class LargeBatchPlan:
         """
         parts, sites = triton.cdiv(group.in_features, _PART), len(group.sites)
         if (parts, sites) not in self._scratch:
-            reads, rows = (
-                -(-n // _CHUNK) * _CHUNK
-                for n in (self._sizes.basis_dim + self._sizes.num_experts, self._sizes.rows)
-            )
+            reads, rows = (-(-n // _CHUNK) * _CHUNK for n in (self._sizes.reads, self._sizes.rows))
             tokens, device = self.num_tokens, self._table.device
             self._scratch[parts, sites] = (
                 torch.empty((parts, tokens, sites, reads), dtype=torch.float32, device=device),

@@ -86,16 +86,9 @@ class ResidentAdapter:
         return any(x.num_experts > 1 or x.has_coefficients for x in self.packed.linears)
 
     @cached_property
-    def reads(self) -> tuple[tuple[int, int], ...]:
-        """The rows of a basis, and of a router that reads the input, of its linears: each pair of
-        sizes that there is, once.
-        """
-        return tuple(
-            {
-                (x.basis_dim, x.num_experts * (x.has_router and x.router_input == "hidden"))
-                for x in self.packed.linears
-            }
-        )
+    def num_reads(self) -> int:
+        """The most rows of a basis, and of a router that reads the input, of one linear."""
+        return max(map(_num_reads, self.packed.linears))
 
     @cached_property
     def projection_key(self) -> str | ResidentAdapter:
@@ -109,19 +102,25 @@ class ResidentAdapter:
 class Sizes:
     """The largest sizes of one linear among adapters: what scratch memory and tiles must hold."""
 
-    basis_dim: int = 16
+    reads: int = 24
+    """Rows of a basis, and of a router that reads the input."""
     num_experts: int = 8
     rows: int = 64
     """Rows of the up-projections of all experts."""
 
     def including(self, linears: Iterable[PackedLinear]) -> Sizes:
         """These sizes, grown to fit more."""
-        basis_dim, num_experts, rows = self.basis_dim, self.num_experts, self.rows
+        reads, num_experts, rows = self.reads, self.num_experts, self.rows
         for linear in linears:
-            basis_dim = max(basis_dim, linear.basis_dim)
+            reads = max(reads, _num_reads(linear))
             num_experts = max(num_experts, linear.num_experts)
             rows = max(rows, linear.num_experts * linear.r)
-        return Sizes(basis_dim, num_experts, rows)
+        return Sizes(reads, num_experts, rows)
+
+
+def _num_reads(linear: PackedLinear) -> int:
+    routers = linear.num_experts if linear.has_router and linear.router_input == "hidden" else 0
+    return linear.basis_dim + routers
 
 
 class Upload:

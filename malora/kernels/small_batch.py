@@ -11,11 +11,15 @@ import torch
 import triton
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from malora.kernels import product
 from malora.kernels.batched import BaseProduct, Routing, Run, by_reader
 from malora.kernels.beside import (
     ADD_HEADER,
+    ALONE,
+    COMMON_BLOCKS,
+    IN_COMMON,
     NUM_BLOCK_ROWS,
     NUM_ROWS,
     NUM_TOTALS,
@@ -26,17 +30,23 @@ from malora.kernels.beside import (
     ROUTE_HEADER,
     ROUTE_READ,
     ROUTE_SHARES,
+    TOGETHER,
     add_beside,
 )
 from malora.kernels.headers import alignment, side_stream, site_widths
+from malora.kernels.product import CommonRead
 from malora.kernels.resident import Group, ResidentAdapter, ResidentAdapters
 
 MAX_TOKENS = 512
 """Beyond that, adapters have many tokens each, and their bytes no longer count."""
+REGISTERS = 128
+"""Of a thread: four programs to a multiprocessor, three beside one of the product's."""
 _TOKENS = 16
 """Of those that share what is read: what a program takes together."""
 _TOGETHER = 4
 """From this many on, they are cheaper together than each alone."""
+_COMMON = 16
+"""From this many on, the base product makes their read."""
 _READ_ROWS = 16
 _PART = 1024
 """Rows and columns of a basis that a program reads for one token."""
@@ -48,6 +58,8 @@ _ROUTE_ROWS = 32
 _COLUMNS = 1024
 _SHARED_COLUMNS = 128
 """Columns of up-projections that a program adds for one token, and for several."""
+_NUM_COUNTS = COMMON_BLOCKS.value
+"""A table's first numbers, which its launches follow from."""
 _FEW_PROMPTS = 16
 """How many a step has at most, for a captured plan: each may leave a piece that is not whole."""
 _CHUNK = 64
@@ -56,7 +68,13 @@ _CHUNK = 64
 
 @cache
 def constants(
-    n: int, num_experts: int, count: bool, alignment: int, behind: bool
+    n: int,
+    num_experts: int,
+    count: bool,
+    alignment: int,
+    common_parts: int,
+    common_tiles: int,
+    behind: bool,
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for."""
     return {
@@ -75,6 +93,8 @@ def constants(
         "SHARED_COLUMNS": _SHARED_COLUMNS,
         "COUNT": count,
         "ALIGNMENT": alignment,
+        "COMMON_PARTS": common_parts,
+        "COMMON_TILES": common_tiles,
         "BEHIND": behind,
     }
 
@@ -141,9 +161,7 @@ class SmallBatchPlan:
         self._totals: list[int] = []
         device = adapters.device
         self._sizes = adapters.sizes
-        self._blocks_of_a_read = triton.cdiv(self._sizes.basis_dim, _READ_ROWS) + triton.cdiv(
-            self._sizes.num_experts, _READ_ROWS
-        )
+        self._blocks_of_a_read = triton.cdiv(self._sizes.reads, _READ_ROWS)
         self._max_blocks = num_tokens * self._blocks_of_a_read
         self._other_pieces = triton.cdiv(num_tokens, _TOKENS)
         length = (
@@ -160,7 +178,7 @@ class SmallBatchPlan:
     def load(self, runs: Sequence[Run]) -> bool:
         """Set which tokens are whose; False where the mix is beyond the plan's capacity."""
         table = plan_table(runs, self.num_tokens, self._max_blocks)
-        totals = table[: NUM_TOTALS.value - 1].tolist()
+        totals = table[:_NUM_COUNTS].tolist()
         if not self._fits(*totals):
             return False
         self._totals = totals
@@ -180,31 +198,40 @@ class SmallBatchPlan:
         x: (T, n), contiguous, of the adapters' dtype. Both (T, m).
         """
         delta = torch.empty((len(x), sum(site_widths(group))), dtype=x.dtype, device=x.device)
-        if self._stream is None:
-            self._add(x, delta, group)
-            return base(product.linear), delta
-        stream = torch.cuda.current_stream()
-        before = stream.record_event()
-        leaves_room = False
+        side = self._stream
+        before = torch.cuda.current_stream().record_event() if side is not None else None
+        common: CommonRead | None = None
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            nonlocal leaves_room
-            leaves_room = product.leaves_room(x, weight)
-            return product.linear(x, weight, bias)
+            nonlocal common
+            if not product.leaves_room(x, weight):
+                return F.linear(x, weight, bias)
+            common = self._common_read(x, weight, group)
+            out = product.multiply(x.view(-1, x.shape[-1]), weight, bias, common)
+            return out.view(*x.shape[:-1], len(weight))
 
         # The product first: programs of a launch wait until all of the one before have begun, and
         # its are few.
         out = base(linear)
-        if leaves_room:
-            self._add(x, delta, group, behind=True)
+        if side is None or common is not None:
+            self._add(x, delta, group, common, behind=side is not None)
             return out, delta
-        self._stream.wait_event(before)
-        with torch.cuda.stream(self._stream):
-            self._add(x, delta, group)
-        stream.wait_stream(self._stream)
+        assert before is not None
+        side.wait_event(before)
+        with torch.cuda.stream(side):
+            self._add(x, delta, group, None, behind=False)
+        torch.cuda.current_stream().wait_stream(side)
         return out, delta
 
-    def _add(self, x: Tensor, delta: Tensor, group: Group, behind: bool = False) -> None:
+    def _common_read(self, x: Tensor, weight: Tensor, group: Group) -> CommonRead:
+        h, _, _ = self._buffers(x, _max_parts(x.shape[-1]), len(group.sites))
+        return CommonRead.beside(
+            weight, self._table, self._counters, h, group.first_site, self._sizes.reads
+        )
+
+    def _add(
+        self, x: Tensor, delta: Tensor, group: Group, common: CommonRead | None, behind: bool
+    ) -> None:
         n, sites, tokens = x.shape[1], len(group.sites), self.num_tokens
         h, c, numbers = self._buffers(x, _max_parts(n), sites)
         widths = site_widths(group)
@@ -229,10 +256,17 @@ class SmallBatchPlan:
             delta.shape[1],
             *widths,
             **constants(
-                n, self._sizes.num_experts, taken is not None, alignment(group, x.itemsize), behind
+                n,
+                self._sizes.num_experts,
+                taken is not None,
+                alignment(group, x.itemsize),
+                0 if common is None else common.parts,
+                0 if common is None else common.tiles,
+                behind,
             ),
             num_warps=4,
             num_stages=1,
+            maxnreg=REGISTERS,
             launch_pdl=behind,
         )
 
@@ -241,14 +275,18 @@ class SmallBatchPlan:
         parts, shared_parts, tiles, shared_tiles = _divisions(group)
         if self._capacity is None:
             blocks, shared_blocks, routed, adds, shared_adds = self._totals
-            reads = (blocks * parts + shared_blocks * shared_parts) * sites
-            return reads + routed * sites * chunks + adds * tiles + shared_adds * shared_tiles
-        return (
-            self._most(parts, shared_parts) * self._blocks_of_a_read * sites
-            + self.num_tokens * sites * chunks
-            + self._most(tiles, shared_tiles, self._other_pieces)
-            + shared_tiles
-        )
+            works = (
+                (blocks * parts + shared_blocks * shared_parts) * sites,
+                routed * sites * chunks,
+                adds * tiles + shared_adds * shared_tiles,
+            )
+        else:
+            works = (
+                self._most(parts, shared_parts) * self._blocks_of_a_read * sites,
+                self.num_tokens * sites * chunks,
+                self._most(tiles, shared_tiles, self._other_pieces) + shared_tiles,
+            )
+        return sum(works)
 
     def _most(self, alone: int, shared: int, others: int = 0) -> int:
         """The programs of the mix that takes most, where what is alone takes `alone` and a piece
@@ -281,10 +319,7 @@ class SmallBatchPlan:
         the token is alone.
         """
         if (parts, sites) not in self._scratch:
-            reads, rows = (
-                -(-n // _CHUNK) * _CHUNK
-                for n in (self._sizes.basis_dim + self._sizes.num_experts, self._sizes.rows)
-            )
+            reads, rows = (-(-n // _CHUNK) * _CHUNK for n in (self._sizes.reads, self._sizes.rows))
             tokens, device = self.num_tokens, x.device
             self._scratch[parts, sites] = (
                 torch.empty((parts, tokens, sites, reads), dtype=torch.float32, device=device),
@@ -294,33 +329,32 @@ class SmallBatchPlan:
         return self._scratch[parts, sites]
 
 
-def _num_blocks(adapter: ResidentAdapter) -> int:
-    """Blocks of rows to read of the largest of its linears."""
-    return max(-(-d // _READ_ROWS) - (-routed // _READ_ROWS) for d, routed in adapter.reads)
-
-
 def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray[np.int64]:
     """A plan's table: its totals, its rows of `num_tokens`, and those of `max_blocks`.
 
     Tokens are ordered by what they read, then by adapter; those that need no routes come last, but
     for those without adapter. A read is some of them that read the same, an add some of one
     adapter, or without any: its start in that order, its count, its first token, and the header of
-    its adapter, or of one of them.
+    its adapter, or of one of them. The common read's pieces come last of those that share.
     """
     table = np.zeros(
         NUM_TOTALS.value + NUM_ROWS.value * num_tokens + NUM_BLOCK_ROWS.value * max_blocks, np.int64
     )
     rows = table[NUM_TOTALS.value :][: NUM_ROWS.value * num_tokens].reshape(-1, num_tokens)
     order = rows[ORDER.value]
-    # Of one token each, and of several.
-    blocks: tuple[list[tuple[int, ...]], ...] = ([], [])
+    # Of one token each, of several, and of the common read.
+    blocks: tuple[list[tuple[int, ...]], ...] = ([], [], [])
     adds: tuple[list[tuple[int, ...]], ...] = ([], [])
     num_reads = num_routed = position = 0
     shared_adds: list[tuple[int, int]] = []
-    for adapters in sorted(by_reader(runs), key=_needs_no_routes):
+    readers = sorted(by_reader(runs), key=_needs_no_routes)
+    common = max(readers, key=_count, default={})
+    if _count(common) < _COMMON:
+        common = {}
+    for adapters in readers:
         first = position
         routed = not _needs_no_routes(adapters)
-        num_blocks = _num_blocks(next(iter(adapters)))
+        num_blocks = triton.cdiv(next(iter(adapters)).num_reads, _READ_ROWS)
         for adapter, tokens in adapters.items():
             begin, position = position, position + len(tokens)
             order[begin:position] = tokens
@@ -336,11 +370,14 @@ def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray
                 adds[shares].append((header, start, count, order[start], read, num_blocks))
         num_routed = position if routed else num_routed
         rows[ROUTE_BLOCKS.value, first:position] = num_blocks
+        if adapters is common:
+            some = (first, position - first, header, num_reads)
+            table[COMMON_BLOCKS.value + 1 : NUM_TOTALS.value] = some
         for start, count in _pieces(first, position):
-            shares = count > 1
-            rows[ROUTE_SHARES.value, start : start + count] = shares
+            shares = IN_COMMON if adapters is common else ALONE if count == 1 else TOGETHER
+            rows[ROUTE_SHARES.value, start : start + count] = shares.value
             rows[ROUTE_READ.value, start : start + count] = num_reads
-            blocks[shares].extend(
+            blocks[shares.value].extend(
                 (header, start, count, order[start], num_reads, block)
                 for block in range(num_blocks)
             )
@@ -350,21 +387,26 @@ def plan_table(runs: Sequence[Run], num_tokens: int, max_blocks: int) -> NDArray
     order[position:] = np.setdiff1d(np.arange(num_tokens), order[:position], assume_unique=True)
     for start in range(position, num_tokens, _TOKENS):
         adds[1].append((0, start, min(_TOKENS, num_tokens - start), order[start], -1, 0))
-    table[: NUM_TOTALS.value - 1] = *map(len, blocks), num_routed, *map(len, adds)
+    alone, shared = blocks[0], [*blocks[1], *blocks[2]]
+    table[:_NUM_COUNTS] = len(alone), len(shared), num_routed, *map(len, adds)
+    table[COMMON_BLOCKS.value] = len(blocks[2])
     _fill(rows[ADD_HEADER.value :], [*adds[0], *adds[1]])
     _fill(
         table[-NUM_BLOCK_ROWS.value * max_blocks :].reshape(-1, max_blocks),
-        [*blocks[0], *blocks[1]],
+        [*alone, *shared],
     )
     return table
+
+
+def _count(adapters: Mapping[ResidentAdapter, NDArray[np.int64]]) -> int:
+    return sum(map(len, adapters.values()))
 
 
 def _needs_no_routes(adapters: Mapping[ResidentAdapter, NDArray[np.int64]]) -> bool:
     """Whether some tokens' products with what they read are their up-projections' weights, and few
     enough that whoever adds sums their parts: single experts without coefficients.
     """
-    count = sum(map(len, adapters.values()))
-    return count < _TOGETHER and not any(adapter.routes for adapter in adapters)
+    return _count(adapters) < _TOGETHER and not any(adapter.routes for adapter in adapters)
 
 
 def _fill(rows: NDArray[np.int64], records: list[tuple[int, ...]]) -> None:

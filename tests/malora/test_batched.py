@@ -6,6 +6,7 @@ The GPU's kernels run here too: on a GPU where there is one, in Triton's interpr
 import dataclasses
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from malora.format import AdaptedLinear
 from malora.kernels import large_batch, reference
 from malora.kernels.batched import Routing, Run, plan_batch
+from malora.kernels.beside import COMMON_COUNT
 from malora.kernels.cpu import DENSE_TOKENS
 from malora.kernels.resident import Group, ResidentAdapters, Site
 from malora.kernels.small_batch import Capacity, SmallBatchPlan
@@ -199,7 +201,15 @@ def test_half_precision_inputs_are_widened():
     specs=adapters_strategy,
     counts=st.lists(st.tuples(st.integers(1, 20), st.integers(-1, 4)), min_size=1, max_size=4),
     sizes=st.sampled_from(
-        [(24, 20, 12, 12), (32, 24, 16, 16), (40, 600, 8, 8), (1040, 24, 16, 8), (32, 136, 136)]
+        [
+            (24, 20, 12, 12),
+            (32, 24, 16, 16),
+            (40, 600, 8, 8),
+            (1040, 24, 16, 8),
+            (32, 136, 136),
+            (128, 80, 24, 24),
+            (256, 64, 64),
+        ]
     ),
     form=st.sampled_from(["small", "small, any mix", "small, prompts", "large", "large, any mix"]),
     num_sequences=st.integers(1, 40),
@@ -228,8 +238,9 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, num_seq
         runs.append((position, position + length, None if index < 0 else index % len(specs)))
         position += length
     x = torch.randn(position, n, generator=generator)
-    out = torch.randn(position, sum(widths), generator=generator)
-    want = expected(x, out, runs, linears, sites)
+    weight = torch.randn(sum(widths), n, generator=generator) / n**0.5
+    want = expected(x, x @ weight.T, runs, linears, sites)
+    on_gpu = x.to(GPU), weight.to(GPU)
     # Batches of prompts take another form than decoding ones; few tokens do here, to be quick.
     with mock.patch.object(large_batch, "_PART", 512):
         if form.startswith("large"):
@@ -251,13 +262,13 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, num_seq
         for _ in range(2):  # a plan serves step after step
             taken.zero_()
             plan.start()
-            got, delta = plan.apply(x.to(GPU), group, lambda _linear: out.clone().to(GPU))
+            got, delta = plan.apply(on_gpu[0], group, lambda linear: linear(*on_gpu, None))
             assert plan.separate == (not form.startswith("large")) == (delta is not None)
             got = got if delta is None else got + delta
             torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-4)
         if plan.activates and len(sites) == 2:
             taken.zero_()
-            got = plan.activate(x.to(GPU), group, lambda _linear: out.clone().to(GPU))
+            got = plan.activate(on_gpu[0], group, lambda linear: linear(*on_gpu, None))
             gate, up = want.chunk(2, 1)
             want = torch.nn.functional.silu(gate) * up
             torch.testing.assert_close(got.double().cpu(), want, atol=2e-4, rtol=1e-4)
@@ -271,3 +282,47 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, num_seq
             torch.testing.assert_close(
                 taken[start:stop, 0].double().cpu(), gates, atol=1e-5, rtol=1e-4
             )
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_tokens"),
+    [("lora", 100), ("malora", 33), ("malora-basis", 64), ("malora-basis", 40)],
+)
+def test_the_base_product_makes_the_read_that_most_share(kind, num_tokens):
+    # Of sixteen-bit values on a GPU, which the interpreter gets wrong.
+    dtype = torch.bfloat16 if GPU.type == "cuda" else torch.float32
+    n, widths = 384, (64, 64)
+    sites = tuple(Site(path, sum(widths[:i]), widths[i]) for i, path in enumerate("qk"))
+    group = Group(0, n, sites, first_site=1)
+    generator = torch.Generator().manual_seed(num_tokens)
+    linears = [
+        {x.path: make_linear(generator, kind, x.width, 4, 2, 8, 24, n) for x in sites}
+        for _ in range(4)
+    ]
+    for linear in linears:
+        for path, x in linear.items():
+            basis = (linears[0][path] if kind == "malora-basis" else x).basis  # of one family
+            values = {"basis": basis / 2, "coefficients": x.coefficients, "router": x.router}
+            linear[path] = dataclasses.replace(
+                x,
+                scaling=1.0,
+                up=x.up.to(dtype).float(),
+                **{name: v if v is None else v.to(dtype).float() for name, v in values.items()},
+            )
+    adapters = ResidentAdapters([Group(0, n, (Site("other", 0, 8),)), group], dtype, memory(GPU))
+    residents = [adapters.add(str(i), linear) for i, linear in enumerate(linears)]
+    x = torch.randn(num_tokens, n, generator=generator).to(dtype)
+    weight = (torch.randn(sum(widths), n, generator=generator) / n**0.5).to(dtype)
+    on_gpu = x.to(GPU), weight.to(GPU)
+    plan = SmallBatchPlan(num_tokens, adapters, Capacity(alone=16, shared=8))
+    for first in (0, 1):  # a plan serves mix after mix
+        owners = [(3, None)[i % 3] if i % 3 < 2 else first for i in range(24)]
+        owners += [i % 3 if kind == "malora-basis" else first for i in range(24, num_tokens)]
+        runs = [(i, i + 1, owner) for i, owner in enumerate(owners)]
+        want = expected(x.float(), x.double() @ weight.double().T, runs, linears, sites)
+        assert plan.load([Run(a, b, residents[i]) for a, b, i in runs if i is not None])
+        assert plan._table[COMMON_COUNT.value] >= 16
+        plan.start()
+        base, delta = plan.apply(on_gpu[0], group, lambda linear: linear(*on_gpu, None))
+        error = ((base.double() + delta.double()).cpu() - want).norm(dim=1) / want.norm(dim=1)
+        assert error.max() < (0.01 if dtype == torch.bfloat16 else 1e-5)

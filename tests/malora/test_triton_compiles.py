@@ -25,9 +25,14 @@ POINTERS = {
     "arrived": "*i32", "table": "*i64", "numbers": "*i32", "counters": "*i32",
 }
 KERNELS = {
-    "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16, True), 4),
-    "narrow": (beside.add_beside, small_batch.constants(256, 8, True, 16, True), 4),
-    "product": (product._multiply, product.constants(64, 2, False, False, True), 4),
+    "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16, 8, 1, True), 4),
+    "narrow": (beside.add_beside, small_batch.constants(256, 8, True, 16, 0, 0, True), 4),
+    "product": (product._multiply, product.constants(
+        product.Division(64, 128, 4, 64, 2), 64, False, False, 0, 0, True), 4),
+    "reading": (product._multiply, product.constants(
+        product.Division(128, 64, 4, 64, 1), 64, True, False, 1, 8, True), 4),
+    "crowded": (product._multiply, product.constants(
+        product.Division(128, 64, 8, 64, 1), 128, True, False, 1, 8, True), 8),
     "project": (large.project, dict(
         SITES=3, TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
         PART=large._PART, ALIGNMENT=16), 4),
@@ -50,7 +55,10 @@ hints = {
 }
 source = ASTSource(kernel, signature, constexprs=values, attrs=hints)
 target = GPUTarget("cuda", 90, 32)
-compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
+options = {"num_warps": warps, "num_stages": 1}
+if kernel is beside.add_beside:
+    options["maxnreg"] = small_batch.REGISTERS
+compiled = triton.compile(source, target=target, options=options)
 print(compiled.asm[sys.argv[2]])
 """
 
@@ -71,11 +79,14 @@ def compile_kernel(monkeypatch, tmp_path):
     return compiled
 
 
-@pytest.mark.parametrize("kernel", ["beside", "product", "project", "route", "expand", "activate"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["beside", "product", "reading", "crowded", "project", "route", "expand", "activate"],
+)
 def test_kernels_compile_and_read_wide(kernel, compile_kernel):
     ptx = compile_kernel(kernel, "ptx")
-    narrow = len(re.findall(r"ld\.global\.b16", ptx))
-    wide = len(re.findall(r"ld\.global\.v4|cp\.async\.cg", ptx))
+    narrow = len(re.findall(r"ld\.global[\w.:]*\.b16", ptx))
+    wide = len(re.findall(r"ld\.global[\w.:]*\.v4|cp\.async\.cg", ptx))
     if kernel != "route":  # which reads little, of any size
         assert wide > 0
     if kernel == "beside":  # which routes too

@@ -82,11 +82,11 @@ def main(
             }
             for model, prompt in zip(names, prompts, strict=True)
         ]
-        with _server(config) as (url, api):
+        with _server(config) as (url, api), _clients(url, bodies, requests) as ask:
             rows: dict[str, Callable[[], object]] = {
                 "in process": lambda: llm.generate(prompts * requests, sampling, names * requests),
-                "HTTP": lambda: asyncio.run(_ask(url, bodies, requests, stream=False)),
-                "HTTP, streamed": lambda: asyncio.run(_ask(url, bodies, requests, stream=True)),
+                "HTTP": lambda: ask(False),
+                "HTTP, streamed": lambda: ask(True),
             }
             seconds: dict[str, list[float]] = {row: [] for row in rows}
             busy: dict[str, list[float]] = {row: [] for row in rows}
@@ -157,23 +157,40 @@ def _server(config: EngineConfig) -> Iterator[tuple[str, psutil.Process]]:
         process.wait()
 
 
-async def _ask(url: str, bodies: list[dict[str, Any]], requests: int, stream: bool) -> None:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=len(bodies))
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=None) as client:
+@contextmanager
+def _clients(
+    url: str, bodies: list[dict[str, Any]], requests: int
+) -> Iterator[Callable[[bool], None]]:
+    """A function that makes some requests of each body, one after another, streamed or not.
 
-        async def complete(body: dict[str, Any]) -> None:
-            for _ in range(requests):
-                if stream:
-                    usage = await _stream(client, body)
-                else:
-                    reply = await client.post("/v1/completions", json=body)
-                    reply.raise_for_status()
-                    usage = reply.json()["usage"]
-                count, wanted = usage["completion_tokens"], body["max_tokens"]
-                if count != wanted:
-                    raise RuntimeError(f"{count} tokens came instead of {wanted}")
+    A client and a connection for each body, which stay: those of one client would be searched for
+    a free one at each request, which takes longer than all else that clients do.
+    """
 
-        await asyncio.gather(*(complete(body) for body in bodies))
+    async def ask(client: httpx.AsyncClient, body: dict[str, Any], stream: bool) -> None:
+        for _ in range(requests):
+            if stream:
+                usage = await _stream(client, body)
+            else:
+                reply = await client.post("/v1/completions", json=body)
+                reply.raise_for_status()
+                usage = reply.json()["usage"]
+            count, wanted = usage["completion_tokens"], body["max_tokens"]
+            if count != wanted:
+                raise RuntimeError(f"{count} tokens came instead of {wanted}")
+
+    async def ask_all(stream: bool) -> None:
+        await asyncio.gather(*(ask(*pair, stream) for pair in zip(clients, bodies, strict=True)))
+
+    async def close() -> None:
+        for client in clients:
+            await client.aclose()
+
+    limits = httpx.Limits(keepalive_expiry=None)
+    clients = [httpx.AsyncClient(base_url=url, limits=limits, timeout=None) for _ in bodies]
+    with asyncio.Runner() as runner:
+        yield lambda stream: runner.run(ask_all(stream))
+        runner.run(close())
 
 
 async def _stream(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, int]:

@@ -21,6 +21,8 @@ TOLERANCE = {"atol": 0.1, "rtol": 2**-8} if GPU.type == "cuda" else {"atol": 2e-
         (33, 128, 2304),
         (100, 128, 2048),
         (128, 256, 128),
+        # More than two tiles for each multiprocessor.
+        (64, 17024 if GPU.type == "cuda" else 640, 256),
     ],
 )
 @pytest.mark.parametrize("has_bias", [False, True])

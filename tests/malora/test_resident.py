@@ -170,6 +170,21 @@ def test_a_large_upload_on_the_cpu_goes_in_parts():
 def test_sizes_grow_to_the_largest():
     adapters = resident()
     adapters.add("a", make_linears(1))
-    assert dataclasses.astuple(adapters.sizes) == (16, 8, 64)
+    assert dataclasses.astuple(adapters.sizes) == (24, 8, 64)
     adapters.add("b", make_linears(2, "lora", r=90))
     assert dataclasses.astuple(adapters.sizes) == (90, 8, 90)
+    # Of an input, a router is read together with the basis, but for one that reads the basis.
+    for kind, reads in (("malora-basis", 26), ("malora", 30)):
+        linears = make_linears(3, kind)
+        wide = {
+            path: dataclasses.replace(
+                x,
+                basis=torch.zeros(26, N_IN),
+                coefficients=torch.zeros(4, 3, 26),
+                router=torch.zeros(4, 26) if kind == "malora-basis" else x.router,
+            )
+            for path, x in linears.items()
+        }
+        others = resident()
+        others.add("a", wide)
+        assert others.sizes.reads == reads

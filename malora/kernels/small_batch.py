@@ -200,20 +200,23 @@ class SmallBatchPlan:
         delta = torch.empty((len(x), sum(site_widths(group))), dtype=x.dtype, device=x.device)
         side = self._stream
         before = torch.cuda.current_stream().record_event() if side is not None else None
+        leaves_room = False
         common: CommonRead | None = None
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            nonlocal common
-            if not product.leaves_room(x, weight):
+            nonlocal leaves_room, common
+            leaves_room = product.leaves_room(x, weight)
+            if not leaves_room:
                 return F.linear(x, weight, bias)
-            common = self._common_read(x, weight, group)
+            if self.num_tokens >= _COMMON:
+                common = self._common_read(x, weight, group)
             out = product.multiply(x.view(-1, x.shape[-1]), weight, bias, common)
             return out.view(*x.shape[:-1], len(weight))
 
         # The product first: programs of a launch wait until all of the one before have begun, and
         # its are few.
         out = base(linear)
-        if side is None or common is not None:
+        if side is None or leaves_room:
             self._add(x, delta, group, common, behind=side is not None)
             return out, delta
         assert before is not None

@@ -1,7 +1,7 @@
 """What the HTTP service costs: the same requests in-process and over HTTP, in turns.
 
     python -m benchmarks.http_serving [--concurrency 16] [--rounds 5] [--json FILE]
-    python -m benchmarks.http_serving --shape 8b --kind lora16 --concurrency 64 --requests 4
+    python -m benchmarks.http_serving --shape 8b --kind lora16 --concurrency 64 --new-tokens 256
 
 Everything shares this machine: the engine, the API process and the clients that ask. On a GPU both
 engines are there at once, and need memory for two models.
@@ -45,7 +45,6 @@ def main(
     kind: Annotated[str, Option(help="The adapters' kind.")] = "own",
     concurrency: Annotated[int, Option(help="Requests at a time, each on its adapter.")] = 16,
     new_tokens: Annotated[int, Option(help="Tokens generated for each request.")] = 96,
-    requests: Annotated[int, Option(help="Requests one after another, of each adapter.")] = 1,
     rounds: Annotated[int, Option(help="Times that every row is measured.")] = 5,
     json_file: Annotated[Path | None, Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
@@ -82,9 +81,9 @@ def main(
             }
             for model, prompt in zip(names, prompts, strict=True)
         ]
-        with _server(config) as (url, api), _clients(url, bodies, requests) as ask:
+        with _server(config) as (url, api), _clients(url, bodies) as ask:
             rows: dict[str, Callable[[], object]] = {
-                "in process": lambda: llm.generate(prompts * requests, sampling, names * requests),
+                "in process": lambda: llm.generate(prompts, sampling, names),
                 "HTTP": lambda: ask(False),
                 "HTTP, streamed": lambda: ask(True),
             }
@@ -103,7 +102,7 @@ def main(
         title=f"{shape}, {concurrency} requests at a time ({kind})",
     )  # fmt: skip
     results = {}
-    num_tokens = concurrency * requests * new_tokens
+    num_tokens = concurrency * new_tokens
     for row, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(seconds["in process"], times, strict=True))
         tokens = num_tokens / statistics.median(times)
@@ -158,26 +157,23 @@ def _server(config: EngineConfig) -> Iterator[tuple[str, psutil.Process]]:
 
 
 @contextmanager
-def _clients(
-    url: str, bodies: list[dict[str, Any]], requests: int
-) -> Iterator[Callable[[bool], None]]:
-    """A function that makes some requests of each body, one after another, streamed or not.
+def _clients(url: str, bodies: list[dict[str, Any]]) -> Iterator[Callable[[bool], None]]:
+    """A function that makes a request of each body, all at once, streamed or not.
 
     A client and a connection for each body, which stay: those of one client would be searched for
     a free one at each request, which takes longer than all else that clients do.
     """
 
     async def ask(client: httpx.AsyncClient, body: dict[str, Any], stream: bool) -> None:
-        for _ in range(requests):
-            if stream:
-                usage = await _stream(client, body)
-            else:
-                reply = await client.post("/v1/completions", json=body)
-                reply.raise_for_status()
-                usage = reply.json()["usage"]
-            count, wanted = usage["completion_tokens"], body["max_tokens"]
-            if count != wanted:
-                raise RuntimeError(f"{count} tokens came instead of {wanted}")
+        if stream:
+            usage = await _stream(client, body)
+        else:
+            reply = await client.post("/v1/completions", json=body)
+            reply.raise_for_status()
+            usage = reply.json()["usage"]
+        count, wanted = usage["completion_tokens"], body["max_tokens"]
+        if count != wanted:
+            raise RuntimeError(f"{count} tokens came instead of {wanted}")
 
     async def ask_all(stream: bool) -> None:
         await asyncio.gather(*(ask(*pair, stream) for pair in zip(clients, bodies, strict=True)))

@@ -2,8 +2,8 @@
 
 A decode step's product waits for the bytes of its weights, whoever makes it; but cuBLAS' kernels
 for it take every multiprocessor's registers and shared memory whole, and what adapters do beside
-them waits for their end. This one leaves half of the former, in as much time for up to 64 tokens,
-in a tenth more for twice as many.
+them waits for their end. This one leaves a third to half of the former, in as much time for up to
+64 tokens, in a tenth more for twice as many.
 
 Its first programs may make a read of adapters too (`CommonRead`): rows of a basis are to them what
 the weight's are to the others.
@@ -61,7 +61,8 @@ class Division(NamedTuple):
             # Every tile reads the input: of many tokens that would be more than the weights.
             columns, depth, warps = 128, 64, 8
         elif m > 2 * 64 * processors:
-            # Two for each multiprocessor all begin at once, and then what is launched behind them.
+            # More than two narrow ones for each multiprocessor: not all would begin at once, and
+            # what is launched behind them waits for that.
             columns, depth, warps = 128, 64, 4
         else:
             columns, depth, warps = 64, 128, 4

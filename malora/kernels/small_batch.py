@@ -278,18 +278,14 @@ class SmallBatchPlan:
         parts, shared_parts, tiles, shared_tiles = _divisions(group)
         if self._capacity is None:
             blocks, shared_blocks, routed, adds, shared_adds = self._totals
-            works = (
-                (blocks * parts + shared_blocks * shared_parts) * sites,
-                routed * sites * chunks,
-                adds * tiles + shared_adds * shared_tiles,
-            )
-        else:
-            works = (
-                self._most(parts, shared_parts) * self._blocks_of_a_read * sites,
-                self.num_tokens * sites * chunks,
-                self._most(tiles, shared_tiles, self._other_pieces) + shared_tiles,
-            )
-        return sum(works)
+            reads = (blocks * parts + shared_blocks * shared_parts) * sites
+            return reads + routed * sites * chunks + adds * tiles + shared_adds * shared_tiles
+        return (
+            self._most(parts, shared_parts) * self._blocks_of_a_read * sites
+            + self.num_tokens * sites * chunks
+            + self._most(tiles, shared_tiles, self._other_pieces)
+            + shared_tiles
+        )
 
     def _most(self, alone: int, shared: int, others: int = 0) -> int:
         """The programs of the mix that takes most, where what is alone takes `alone` and a piece

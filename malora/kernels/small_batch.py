@@ -39,7 +39,7 @@ from malora.kernels.resident import Group, ResidentAdapter, ResidentAdapters
 
 MAX_TOKENS = 512
 """Beyond that, adapters have many tokens each, and their bytes no longer count."""
-REGISTERS = 128
+REGISTERS = 96
 """Of a thread: four programs to a multiprocessor, three beside one of the product's."""
 _TOKENS = 16
 """Of those that share what is read: what a program takes together."""
@@ -87,7 +87,7 @@ def constants(
         "EXPERTS": triton.next_power_of_2(num_experts),
         "ROUTE_ROWS": _ROUTE_ROWS,
         "DIMS": 32,
-        "ADD_ROWS": 16,
+        "ADD_ROWS": 8,
         "COLUMNS": _COLUMNS,
         "SHARED_ROWS": 32,
         "SHARED_COLUMNS": _SHARED_COLUMNS,

@@ -77,6 +77,13 @@ class Division(NamedTuple):
     def num_programs(self) -> int:
         return self.tiles * self.splits
 
+    @property
+    def registers(self) -> int | None:
+        """Of a thread at most, so that a multiprocessor has room for two programs: what is launched
+        behind them waits until all have begun. None where they need no limit for that.
+        """
+        return 128 if self.warps == 8 else None
+
 
 @dataclass(frozen=True)
 class CommonRead:
@@ -305,6 +312,7 @@ def multiply(
             x.is_cuda,
         ),
         num_warps=division.warps,
+        maxnreg=division.registers,
         launch_pdl=x.is_cuda,
     )
     return out

@@ -40,7 +40,7 @@ from malora.kernels.resident import Group, ResidentAdapter, ResidentAdapters
 MAX_TOKENS = 512
 """Beyond that, adapters have many tokens each, and their bytes no longer count."""
 REGISTERS = 96
-"""Of a thread: four programs to a multiprocessor, three beside one of the product's."""
+"""Of a thread: four programs fit beside one of the product's, and two beside two."""
 _TOKENS = 16
 """Of those that share what is read: what a program takes together."""
 _TOGETHER = 4
@@ -50,9 +50,10 @@ _COMMON = 16
 _READ_ROWS = 16
 _PART = 1024
 """Rows and columns of a basis that a program reads for one token."""
-_SHARED_PART = 256
-"""Columns for several; twice as many where there would be more parts than this."""
-_MOST_PARTS = 32
+_SHARED_STEP = 256
+"""Columns of a step for several, and of a part where there are no more parts than this, all of
+which whoever reads their products adds; of a greater input, parts of several steps."""
+_MOST_PARTS = 16
 _ROUTE_ROWS = 32
 """Rows of up-projections that a program weighs."""
 _COLUMNS = 1024
@@ -82,7 +83,7 @@ def constants(
         "READ_ROWS": _READ_ROWS,
         "PART": _PART,
         "SHARED_PART": _shared_part(n),
-        "SHARED_STEP": _SHARED_PART,
+        "SHARED_STEP": _SHARED_STEP,
         "PARTS": triton.next_power_of_2(_max_parts(n)),
         "EXPERTS": triton.next_power_of_2(num_experts),
         "ROUTE_ROWS": _ROUTE_ROWS,
@@ -100,7 +101,7 @@ def constants(
 
 
 def _shared_part(n: int) -> int:
-    return _SHARED_PART if n <= _MOST_PARTS * _SHARED_PART else 2 * _SHARED_PART
+    return _SHARED_STEP * triton.next_power_of_2(triton.cdiv(n, _SHARED_STEP * _MOST_PARTS))
 
 
 @cache

@@ -124,11 +124,10 @@ def _project_alone(
 @triton.jit
 def _project_shared(
     x, h, order, header, start, count, block, site, part, first_site, n, num_tokens, num_sites,
-    h_width,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    h_width, width,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """`_project_alone` for several tokens, on the tensor cores."""
+    """`_project_alone` for several tokens, on the tensor cores. width: columns of a part."""
     rows = block * ROWS + tl.arange(0, ROWS)
     address, begins, total = rows_to_read(
         header, first_site + site, rows, n, True, x.dtype.element_ty, ALIGNMENT
@@ -139,7 +138,7 @@ def _project_shared(
         mine = index < count
         tokens = tl.load(order + start + index, mask=mine, other=0)
         sums = tl.zeros((TOKENS, ROWS), tl.float32)
-        for begin in range(part * PART, tl.minimum(n, part * PART + PART), COLUMNS):
+        for begin in range(part * width, tl.minimum(n, part * width + width), COLUMNS):
             columns = begin + tl.arange(0, COLUMNS)
             w = tl.load(
                 weights[:, None] + columns[None, :],
@@ -399,7 +398,11 @@ def _expand_shared(
     )
 
 
-UNSPECIALIZED = ("first_site", "num_tokens", "num_sites", "max_blocks", "taken_stride")
+# What differs from group to group: one kernel is compiled for all of them.
+UNSPECIALIZED = (
+    "first_site", "num_tokens", "num_sites", "max_blocks", "taken_stride", "common_parts",
+    "common_tiles",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -424,10 +427,12 @@ def add_beside(
     width_0,
     width_1,
     width_2,
+    shared_part,
+    common_parts,
+    common_tiles,
     TOKENS: tl.constexpr,
     READ_ROWS: tl.constexpr,
     PART: tl.constexpr,
-    SHARED_PART: tl.constexpr,
     SHARED_STEP: tl.constexpr,
     PARTS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -439,29 +444,27 @@ def add_beside(
     SHARED_COLUMNS: tl.constexpr,
     COUNT: tl.constexpr,
     ALIGNMENT: tl.constexpr,
-    COMMON_PARTS: tl.constexpr,
-    COMMON_TILES: tl.constexpr,
     BEHIND: tl.constexpr,
 ):
     """delta = what each token's adapter adds to the group's base product, 0 where it has none.
 
-    COMMON_PARTS, COMMON_TILES: the base product makes a site's common read by as many programs, as
-    parts of the input and for each of these; 0 where it is made here. BEHIND: launched when all
-    programs of the base product have begun, and at its end only when these have ended too.
+    shared_part: columns of a part of the input, for several tokens. common_parts, common_tiles: the
+    base product makes a site's common read by as many programs, as parts of the input and for each
+    of these; 0 where it is made here. BEHIND: launched when all programs of the base product have
+    begun, and at its end only when these have ended too.
     """
     program = tl.program_id(0)
     rows = table + NUM_TOTALS
     blocks = rows + NUM_ROWS * num_tokens
     alone_blocks = tl.load(table + ALONE_BLOCKS).to(tl.int32)
     shared_blocks = tl.load(table + SHARED_BLOCKS).to(tl.int32)
-    if COMMON_PARTS > 0:
-        shared_blocks -= tl.load(table + COMMON_BLOCKS).to(tl.int32)
+    shared_blocks -= tl.load(table + COMMON_BLOCKS, mask=common_parts > 0, other=0).to(tl.int32)
     num_routed = tl.load(table + ROUTED).to(tl.int32)
     alone_adds = tl.load(table + ALONE_ADDS).to(tl.int32)
     shared_adds = tl.load(table + SHARED_ADDS).to(tl.int32)
     vector: tl.constexpr = ALIGNMENT * 8 // delta.dtype.element_ty.primitive_bitwidth
     parts = tl.cdiv(n, PART)
-    shared_parts = tl.cdiv(n, SHARED_PART)
+    shared_parts = tl.cdiv(n, shared_part)
     tiles = num_tiles(width_0, width_1, width_2, COLUMNS)
     shared_tiles = num_tiles(width_0, width_1, width_2, SHARED_COLUMNS)
     # Where each kind of program ends.
@@ -495,7 +498,7 @@ def add_beside(
             tl.load(shared_block + BLOCK_COUNT * max_blocks),
             tl.load(shared_block + BLOCK_NUMBER * max_blocks), shared_site,
             (program - reads) % shared_parts, first_site, n, num_tokens, num_sites, h_width,
-            TOKENS, READ_ROWS, SHARED_STEP, SHARED_PART, ALIGNMENT,
+            shared_part, TOKENS, READ_ROWS, SHARED_STEP, ALIGNMENT,
         )  # fmt: skip
         shared_read = tl.load(shared_block + BLOCK_READ * max_blocks)
         arrive(counters + shared_site * 2 * num_tokens + shared_read)
@@ -509,11 +512,10 @@ def add_beside(
         shares = tl.load(routed + ROUTE_SHARES * num_tokens)
         route_parts = tl.where(shares != ALONE, shared_parts, parts)
         num_blocks = tl.load(routed + ROUTE_BLOCKS * num_tokens).to(tl.int32)
-        if COMMON_PARTS > 0:
-            common = shares == IN_COMMON
-            route_read = tl.where(common, tl.load(table + COMMON_READ), route_read)
-            route_parts = tl.where(common, COMMON_PARTS, route_parts)
-            num_blocks = tl.where(common, COMMON_TILES, num_blocks)
+        common = (shares == IN_COMMON) & (common_parts > 0)
+        route_read = tl.where(common, tl.load(table + COMMON_READ), route_read)
+        route_parts = tl.where(common, common_parts, route_parts)
+        num_blocks = tl.where(common, common_tiles, num_blocks)
         route_add = tl.load(routed + ROUTE_ADD * num_tokens)
         alone = tl.load(routed + ROUTE_ALONE * num_tokens) != 0
         route_counters = counters + route_site * 2 * num_tokens

@@ -73,8 +73,6 @@ def constants(
     num_experts: int,
     count: bool,
     alignment: int,
-    common_parts: int,
-    common_tiles: int,
     behind: bool,
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for."""
@@ -82,7 +80,6 @@ def constants(
         "TOKENS": _TOKENS,
         "READ_ROWS": _READ_ROWS,
         "PART": _PART,
-        "SHARED_PART": _shared_part(n),
         "SHARED_STEP": _SHARED_STEP,
         "PARTS": triton.next_power_of_2(_max_parts(n)),
         "EXPERTS": triton.next_power_of_2(num_experts),
@@ -94,8 +91,6 @@ def constants(
         "SHARED_COLUMNS": _SHARED_COLUMNS,
         "COUNT": count,
         "ALIGNMENT": alignment,
-        "COMMON_PARTS": common_parts,
-        "COMMON_TILES": common_tiles,
         "BEHIND": behind,
     }
 
@@ -259,13 +254,14 @@ class SmallBatchPlan:
             0 if taken is None else taken.stride(0),
             delta.shape[1],
             *widths,
+            _shared_part(n),
+            0 if common is None else common.parts,
+            0 if common is None else common.tiles,
             **constants(
                 n,
                 self._sizes.num_experts,
                 taken is not None,
                 alignment(group, x.itemsize),
-                0 if common is None else common.parts,
-                0 if common is None else common.tiles,
                 behind,
             ),
             num_warps=4,

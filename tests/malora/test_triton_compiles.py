@@ -18,15 +18,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from malora.kernels import beside, large_batch as large, product, small_batch
 
-ALIGNED = {"n", "m", "out_width", "width", "width_0", "width_1", "width_2", "h_width", "c_width"}
+ALIGNED = {
+    "n", "m", "out_width", "width", "width_0", "width_1", "width_2", "h_width", "c_width",
+    "shared_part",
+}
 POINTERS = {
     "x": "*bf16", "out": "*bf16", "activated": "*bf16", "delta": "*bf16", "c": "*bf16",
     "h": "*fp32", "taken": "*fp32", "weight": "*bf16", "bias": "*bf16", "partial": "*fp32",
     "arrived": "*i32", "table": "*i64", "numbers": "*i32", "counters": "*i32",
 }
 KERNELS = {
-    "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16, 8, 1, True), 4),
-    "narrow": (beside.add_beside, small_batch.constants(256, 8, True, 16, 0, 0, True), 4),
+    "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16, True), 4),
+    "narrow": (beside.add_beside, small_batch.constants(256, 8, True, 16, True), 4),
     "product": (product._multiply, product.constants(
         product.Division(64, 128, 4, 64, 2), 64, False, False, 0, 0, True), 4),
     "reading": (product._multiply, product.constants(

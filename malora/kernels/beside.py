@@ -33,6 +33,7 @@ from malora.kernels.headers import (
     UP,
     aligned,
     header_row,
+    header_size,
     num_tiles,
     site_tile,
 )
@@ -136,7 +137,7 @@ def _project_shared(
     if block * ROWS < total:
         index = tl.arange(0, TOKENS)
         mine = index < count
-        tokens = tl.load(order + start + index, mask=mine, other=0)
+        tokens = tl.load(order + start + index, mask=mine, other=0).to(tl.int32)
         sums = tl.zeros((TOKENS, ROWS), tl.float32)
         for begin in range(part * width, tl.minimum(n, part * width + width), COLUMNS):
             columns = begin + tl.arange(0, COLUMNS)
@@ -203,11 +204,11 @@ def _route(
     others, those of all rows, 0 for rows not taken.
     """
     basis = tl.load(row + BASIS)
-    count = tl.load(row + NUM_EXPERTS)
-    top_k = tl.load(row + TOP_K)
-    r = tl.load(row + RANK)
-    d = tl.load(row + BASIS_DIM)
-    stride = tl.load(row + STRIDE)
+    count = header_size(row, NUM_EXPERTS)
+    top_k = header_size(row, TOP_K)
+    r = header_size(row, RANK)
+    d = header_size(row, BASIS_DIM)
+    stride = header_size(row, STRIDE)
     router_address = tl.load(row + ROUTER)
     reads_basis = (tl.load(row + READS_BASIS) != 0) & (router_address != 0)
     dtype: tl.constexpr = c.dtype.element_ty
@@ -231,7 +232,7 @@ def _route(
         _wait(arrived, expected)
         at = token * num_sites + site
         z = h + at * h_width
-        part_stride = num_tokens.to(tl.int64) * num_sites * h_width
+        part_stride = num_tokens * num_sites * h_width
         v = _products(z, part_stride, parts, dims, dims < d, PARTS)
         v_more = _products(z, part_stride, parts, more, more < d, PARTS)
         logits = tl.zeros((EXPERTS,), tl.float32)
@@ -301,14 +302,14 @@ def _expand_alone(
     """
     dtype: tl.constexpr = delta.dtype.element_ty
     basis = tl.load(row + BASIS)
-    num_experts = tl.load(row + NUM_EXPERTS)
-    top_k = tl.load(row + TOP_K)
-    r = tl.load(row + RANK)
+    num_experts = header_size(row, NUM_EXPERTS)
+    top_k = header_size(row, TOP_K)
+    r = header_size(row, RANK)
     up = aligned(tl.load(row + UP), dtype, ALIGNMENT)
     total = tl.where(basis != 0, top_k * r, 0)
     at = (token * num_sites + site) * c_width
     read_at = (token * num_sites + site) * h_width
-    part_stride = num_tokens.to(tl.int64) * num_sites * h_width
+    part_stride = num_tokens * num_sites * h_width
     columns = offset + tl.arange(0, COLUMNS)
     inside = columns < width
     rows = tl.arange(0, ROWS)
@@ -359,7 +360,7 @@ def _expand_shared(
     total = tl.where(basis != 0, num_experts * r, 0)
     index = tl.arange(0, TOKENS)
     mine = index < count
-    tokens = tl.load(order + first_token + index, mask=mine, other=0)
+    tokens = tl.load(order + first_token + index, mask=mine, other=0).to(tl.int32)
     coordinates = c + (tokens * num_sites + site) * c_width
     columns = offset + tl.arange(0, COLUMNS)
     inside = columns < width
@@ -482,7 +483,7 @@ def add_beside(
         alone_site = program // parts % num_sites
         _project_alone(
             x, h, tl.load(alone_block + BLOCK_HEADER * max_blocks),
-            tl.load(alone_block + BLOCK_TOKEN * max_blocks),
+            tl.load(alone_block + BLOCK_TOKEN * max_blocks).to(tl.int32),
             tl.load(alone_block + BLOCK_NUMBER * max_blocks), alone_site, program % parts,
             first_site, n, num_tokens, num_sites, h_width, READ_ROWS, PART, ALIGNMENT,
         )  # fmt: skip
@@ -507,7 +508,7 @@ def add_beside(
         routed = rows + route // num_sites
         route_site = route % num_sites
         route_header = tl.load(routed + ROUTE_HEADER * num_tokens)
-        route_token = tl.load(routed + ROUTE_TOKEN * num_tokens)
+        route_token = tl.load(routed + ROUTE_TOKEN * num_tokens).to(tl.int32)
         route_read = tl.load(routed + ROUTE_READ * num_tokens)
         shares = tl.load(routed + ROUTE_SHARES * num_tokens)
         route_parts = tl.where(shares != ALONE, shared_parts, parts)
@@ -541,8 +542,9 @@ def add_beside(
             counters + site * 2 * num_tokens + tl.where(is_routed, num_tokens + alone_add, read),
             tl.where(is_routed, chunks, add_blocks * parts), is_routed,
             header_row(tl.load(alone_row + ADD_HEADER * num_tokens), first_site + site),
-            tl.load(alone_row + ADD_TOKEN * num_tokens), site, offset, start, width, parts,
-            num_tokens, num_sites, h_width, c_width, out_width, ADD_ROWS, COLUMNS, PARTS, ALIGNMENT,
+            tl.load(alone_row + ADD_TOKEN * num_tokens).to(tl.int32), site, offset, start, width,
+            parts, num_tokens, num_sites, h_width, c_width, out_width,
+            ADD_ROWS, COLUMNS, PARTS, ALIGNMENT,
         )  # fmt: skip
     elif program < shared_expands:
         add = alone_adds + (program - expands) // shared_tiles

@@ -30,6 +30,12 @@ def header_row(header, site):
 
 
 @triton.jit
+def header_size(row, FIELD: tl.constexpr):
+    """One of a row's sizes, as int32: divisions by int64 take several times the instructions."""
+    return tl.load(row + FIELD).to(tl.int32)
+
+
+@triton.jit
 def aligned(address, dtype: tl.constexpr, ALIGNMENT: tl.constexpr):
     """A pointer to elements. The compiler heeds an alignment that is said of a pointer alone."""
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), ALIGNMENT)

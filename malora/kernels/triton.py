@@ -29,6 +29,7 @@ from malora.kernels.headers import (
     UP,
     aligned,
     header_row,
+    header_size,
     site_tile,
 )
 
@@ -157,11 +158,11 @@ def route(
     row = header_row(header, first_site + site)
     if tl.load(row + BASIS) == 0:
         return
-    count = tl.load(row + NUM_EXPERTS)
-    top_k = tl.load(row + TOP_K)
-    r = tl.load(row + RANK)
-    d = tl.load(row + BASIS_DIM)
-    stride = tl.load(row + STRIDE)
+    count = header_size(row, NUM_EXPERTS)
+    top_k = header_size(row, TOP_K)
+    r = header_size(row, RANK)
+    d = header_size(row, BASIS_DIM)
+    stride = header_size(row, STRIDE)
     dtype: tl.constexpr = c.dtype.element_ty
     router = tl.load(row + ROUTER).to(tl.pointer_type(dtype))
     coefficients = tl.load(row + COEFFICIENTS).to(tl.pointer_type(dtype))

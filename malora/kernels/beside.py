@@ -399,7 +399,7 @@ def _expand_shared(
     )
 
 
-# What differs from group to group: one kernel is compiled for all of them.
+# What differs from batch to batch or from group to group, so that no kernel is compiled for it.
 UNSPECIALIZED = (
     "first_site", "num_tokens", "num_sites", "max_blocks", "taken_stride", "common_parts",
     "common_tiles",

@@ -69,11 +69,7 @@ _CHUNK = 64
 
 @cache
 def constants(
-    n: int,
-    num_experts: int,
-    count: bool,
-    alignment: int,
-    behind: bool,
+    n: int, num_experts: int, count: bool, alignment: int, behind: bool
 ) -> dict[str, int | bool]:
     """What the kernel is compiled for."""
     return {
@@ -258,11 +254,7 @@ class SmallBatchPlan:
             0 if common is None else common.parts,
             0 if common is None else common.tiles,
             **constants(
-                n,
-                self._sizes.num_experts,
-                taken is not None,
-                alignment(group, x.itemsize),
-                behind,
+                n, self._sizes.num_experts, taken is not None, alignment(group, x.itemsize), behind
             ),
             num_warps=4,
             num_stages=1,

@@ -27,6 +27,10 @@ POINTERS = {
     "h": "*fp32", "taken": "*fp32", "weight": "*bf16", "bias": "*bf16", "partial": "*fp32",
     "arrived": "*i32", "table": "*i64", "numbers": "*i32", "counters": "*i32",
 }
+CROWDED = product.Division(128, 64, 8, 64, 1)
+REGISTERS = {
+    "beside": small_batch.REGISTERS, "narrow": small_batch.REGISTERS, "crowded": CROWDED.registers
+}
 KERNELS = {
     "beside": (beside.add_beside, small_batch.constants(14336, 8, True, 16, True), 4),
     "narrow": (beside.add_beside, small_batch.constants(256, 8, True, 16, True), 4),
@@ -35,7 +39,7 @@ KERNELS = {
     "reading": (product._multiply, product.constants(
         product.Division(128, 64, 4, 64, 1), 64, True, False, 1, 8, True), 4),
     "crowded": (product._multiply, product.constants(
-        product.Division(128, 64, 8, 64, 1), 128, True, False, 1, 8, True), 8),
+        CROWDED, 128, True, False, 1, 8, True), CROWDED.warps),
     "project": (large.project, dict(
         SITES=3, TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
         PART=large._PART, ALIGNMENT=16), 4),
@@ -58,9 +62,7 @@ hints = {
 }
 source = ASTSource(kernel, signature, constexprs=values, attrs=hints)
 target = GPUTarget("cuda", 90, 32)
-options = {"num_warps": warps, "num_stages": 1}
-if kernel is beside.add_beside:
-    options["maxnreg"] = small_batch.REGISTERS
+options = {"num_warps": warps, "num_stages": 1, "maxnreg": REGISTERS.get(sys.argv[1])}
 compiled = triton.compile(source, target=target, options=options)
 print(compiled.asm[sys.argv[2]])
 """

@@ -35,6 +35,7 @@ from malora.kernels.headers import (
     header_row,
     header_size,
     num_tiles,
+    row_length,
     site_tile,
 )
 
@@ -171,24 +172,33 @@ def _products(h, part_stride, parts, index, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _matrix(values, rows, count, d, columns):
-    """Some rows and columns of a matrix of `count` rows of d, 0 beyond them."""
+def _spread(values, N: tl.constexpr):
+    """N values as they are, up to 32 of them in every warp: what is made of them takes no exchange
+    between warps. To the compiler it is an order, where it would let all that follows lie as the
+    sums before.
+    """
+    return tl.gather(values, tl.arange(0, N), 0)
+
+
+@triton.jit
+def _matrix(values, rows, count, length, columns):
+    """Some rows and columns of a matrix of `count` rows, each `length` long; 0 beyond them."""
     return tl.load(
-        values + rows[:, None] * d + columns[None, :],
-        mask=(rows < count)[:, None] & (columns < d)[None, :],
+        values + rows[:, None] * length + columns[None, :],
+        mask=(rows < count)[:, None] & (columns < length)[None, :],
         other=0.0,
     )
 
 
 @triton.jit
-def _sums(weights, products, inside):
-    """Σ weights · products over the dimensions: (ROWS, DIMS), (DIMS,) and (DIMS,) to (ROWS,).
+def _terms(weights, products, inside):
+    """weights · products, (ROWS, DIMS) · (DIMS,): to be summed over the dimensions.
 
     What is not inside is 0 anyway. But each product must be rounded before it is added to one of
     another thread: a compiler that fuses the two makes threads' sums differ, where all of them
     should have the same, and then an expert's logit is greater than itself.
     """
-    return tl.sum(tl.where(inside[None, :], weights.to(tl.float32) * products[None, :], 0.0), 1)
+    return tl.where(inside[None, :], weights.to(tl.float32) * products[None, :], 0.0)
 
 
 @triton.jit
@@ -208,68 +218,70 @@ def _route(
     top_k = header_size(row, TOP_K)
     r = header_size(row, RANK)
     d = header_size(row, BASIS_DIM)
+    length = row_length(d)
     stride = header_size(row, STRIDE)
     router_address = tl.load(row + ROUTER)
     reads_basis = (tl.load(row + READS_BASIS) != 0) & (router_address != 0)
     dtype: tl.constexpr = c.dtype.element_ty
-    router = router_address.to(tl.pointer_type(dtype))
-    coefficients = tl.load(row + COEFFICIENTS).to(tl.pointer_type(dtype))
+    # As all tensors lie, and rows of `length`.
+    router = aligned(router_address, dtype, 16)
+    coefficients = aligned(tl.load(row + COEFFICIENTS), dtype, 16)
     has_coefficients = tl.load(row + COEFFICIENTS) != 0
     total = tl.where(basis != 0, count * r, 0)
     rows = chunk * ROWS + tl.arange(0, ROWS)
     if chunk * ROWS < total:
         experts = tl.arange(0, EXPERTS)
         dims = tl.arange(0, DIMS)
-        more = DIMS + dims
         routed = tl.where(reads_basis, count, 0)
         mixed = tl.where(has_coefficients, total, 0)
         # Before the products are there, and all that most adapters have: a wait for memory costs
         # more than these few bytes.
-        w = _matrix(router, experts, routed, d, dims)
-        p = _matrix(coefficients, rows, mixed, d, dims)
-        w_more = _matrix(router, experts, routed, d, more)
-        p_more = _matrix(coefficients, rows, mixed, d, more)
+        w = _matrix(router, experts, routed, length, dims)
+        p = _matrix(coefficients, rows, mixed, length, dims)
         _wait(arrived, expected)
         at = token * num_sites + site
         z = h + at * h_width
         part_stride = num_tokens * num_sites * h_width
-        v = _products(z, part_stride, parts, dims, dims < d, PARTS)
-        v_more = _products(z, part_stride, parts, more, more < d, PARTS)
+        v = _spread(_products(z, part_stride, parts, dims, dims < length, PARTS), DIMS)
         logits = tl.zeros((EXPERTS,), tl.float32)
         if count > 1:
             if reads_basis:
-                logits = _sums(w, v, dims < d) + _sums(w_more, v_more, more < d)
-                for begin in range(2 * DIMS, d, DIMS):
-                    w = _matrix(router, experts, routed, d, begin + dims)
-                    u = _products(z, part_stride, parts, begin + dims, begin + dims < d, PARTS)
-                    logits += _sums(w, u, begin + dims < d)
+                sums = tl.sum(_terms(w, v, dims < d), 1)
+                for begin in range(DIMS, d, DIMS):
+                    w = _matrix(router, experts, routed, length, begin + dims)
+                    u = _products(z, part_stride, parts, begin + dims, begin + dims < length, PARTS)
+                    sums += tl.sum(_terms(w, _spread(u, DIMS), begin + dims < d), 1)
+                logits = _spread(sums, EXPERTS)
             else:
-                logits = _products(z, part_stride, parts, d + experts, experts < count, PARTS)
+                sums = _products(z, part_stride, parts, d + experts, experts < count, PARTS)
+                logits = _spread(sums, EXPERTS)
         logits = tl.where(experts < count, logits, float("-inf"))
-        before = (logits[None, :] > logits[:, None]) | (
-            (logits[None, :] == logits[:, None]) & (experts[None, :] < experts[:, None])
-        )
-        rank = tl.sum(before.to(tl.int32), 1)
+        rank = tl.zeros((EXPERTS,), tl.int32)
+        for other in tl.static_range(EXPERTS):
+            its = tl.gather(logits, tl.full((EXPERTS,), other, tl.int32), 0)
+            before = (its > logits) | ((its == logits) & (other < experts))
+            rank += before.to(tl.int32)
         # Renormalised top-k of a softmax is the softmax of the top-k logits.
         weights = tl.where(rank < top_k, tl.exp(logits - tl.max(logits, 0)), 0.0)
         gates = weights / tl.sum(weights, 0)
         if COUNT:  # noqa: SIM102 - a constant of the compilation
             if (count > 1) & (chunk == 0):
                 tl.atomic_add(taken + token * taken_stride + experts, gates, mask=experts < count)
-        expert = rows // r
-        same = expert[:, None] == experts[None, :]
-        gate = tl.sum(tl.where(same, gates[None, :], 0.0), 1)
-        place = tl.sum(tl.where(same, rank[None, :], 0), 1)
+        expert = tl.minimum(rows // r, EXPERTS - 1)
+        gate = tl.gather(gates, expert, 0)
+        place = tl.gather(rank, expert, 0)
         needed = (rows < total) & (place < top_k)
         if has_coefficients:
-            coordinates = _sums(p, v, dims < d) + _sums(p_more, v_more, more < d)
-            for begin in range(2 * DIMS, d, DIMS):
-                p = _matrix(coefficients, rows, mixed, d, begin + dims)
-                u = _products(z, part_stride, parts, begin + dims, begin + dims < d, PARTS)
-                coordinates += _sums(p, u, begin + dims < d)
+            sums = tl.sum(_terms(p, v, dims < d), 1)
+            for begin in range(DIMS, d, DIMS):
+                p = _matrix(coefficients, rows, mixed, length, begin + dims)
+                u = _products(z, part_stride, parts, begin + dims, begin + dims < length, PARTS)
+                sums += tl.sum(_terms(p, _spread(u, DIMS), begin + dims < d), 1)
+            coordinates = _spread(sums, ROWS)
         else:
             source = expert * stride + rows % r
-            coordinates = _products(z, part_stride, parts, source, needed, PARTS)
+            sums = _products(z, part_stride, parts, source, needed, PARTS)
+            coordinates = _spread(sums, ROWS)
         weighted = tl.where(needed, gate * coordinates, 0.0).to(dtype)
         if alone:
             compact = at * c_width + place * r + rows % r

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from malora.kernels.batched import BaseProduct, Routing, Run
 from malora.kernels.long_runs import LongRuns, long_runs
+from malora.kernels.packed import row_length
 from malora.kernels.resident import FIELDS, Group
 
 logger = logging.getLogger(__name__)
@@ -63,9 +64,12 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:  # noqa: ARG0
     return types.CPointer(like.dtype)(address, like), cast
 
 
+_row_length = _kernel()(row_length)
+
+
 @_kernel()
 def _dots(out, rows, x):  # type: ignore[no-untyped-def]
-    """out[i] = rows[i] · x."""
+    """out[i] = rows[i] · x, of rows as long or longer."""
     for i in range(0, rows.shape[0] - 1, 2):
         first, second = rows[i], rows[i + 1]
         a = b = x.dtype.type(0)
@@ -103,9 +107,12 @@ def _route(site, z, x, taken):  # type: ignore[no-untyped-def]
     The renormalised top-k of a softmax is the softmax of the top-k logits.
     """
     count, top_k = site[_NUM_EXPERTS], site[_TOP_K]
-    source = z if site[_ROUTER_READS_BASIS] else x
+    if site[_ROUTER_READS_BASIS]:
+        source, length = z, _row_length(z.shape[0])
+    else:
+        source, length = x, x.shape[0]
     logits = np.empty(count, x.dtype)
-    _dots(logits, carray(_pointer(site[_ROUTER], x), (count, source.shape[0])), source)
+    _dots(logits, carray(_pointer(site[_ROUTER], x), (count, length)), source)
     experts = np.empty(top_k, np.int64)
     gates = np.empty(top_k, x.dtype)
     for i in range(top_k):
@@ -138,7 +145,8 @@ def _add_site(out, x, site, taken):  # type: ignore[no-untyped-def]
     for i in range(experts.shape[0]):
         expert = experts[i]
         if site[_COEFFICIENTS]:
-            _dots(coordinates, carray(_pointer(site[_COEFFICIENTS], x), (count, r, d))[expert], z)
+            shape = count, r, _row_length(d)
+            _dots(coordinates, carray(_pointer(site[_COEFFICIENTS], x), shape)[expert], z)
         else:
             start = expert * site[_STRIDE]
             coordinates[:] = z[start : start + r]

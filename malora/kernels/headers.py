@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from malora.kernels import packed
 from malora.kernels.resident import FIELDS, Group
 
+ROW_STEP = tl.constexpr(packed.ROW_STEP)
 NUM_FIELDS = tl.constexpr(len(FIELDS))
 BASIS, ROUTER, COEFFICIENTS, UP, NUM_EXPERTS, TOP_K, RANK, BASIS_DIM, STRIDE, READS_BASIS = (
     tl.constexpr(i) for i in range(len(FIELDS))
@@ -33,6 +35,12 @@ def header_row(header, site):
 def header_size(row, FIELD: tl.constexpr):
     """One of a row's sizes, as int32: divisions by int64 take several times the instructions."""
     return tl.load(row + FIELD).to(tl.int32)
+
+
+@triton.jit
+def row_length(d):
+    """`packed.row_length`: a compiler sees what it is a multiple of."""
+    return tl.cdiv(d, ROW_STEP) * ROW_STEP
 
 
 @triton.jit

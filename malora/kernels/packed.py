@@ -41,6 +41,10 @@ FIELDS = (
 sizes, how far apart experts read the basis where no coefficients are stored (0 for the identity, r
 for block selectors), and whether the router reads the basis."""
 
+ROW_STEP = 8
+"""Rows of routers and coefficients that lie over the basis' dimensions begin a multiple of so many
+values from one another, so that they can be read 16 bytes at a time. Nothing is written between."""
+
 _NUM_ADDRESSES = 4
 _SHARES = 16
 """Packing is so many calls for threads to make: threads that take Python's lock for every tensor
@@ -82,14 +86,24 @@ class PackedLinear(NamedTuple):
     def basis_shape(self) -> tuple[int, int]:
         return self.basis_dim, self.in_features
 
-    def own_shapes(self) -> Iterator[tuple[int, ...]]:
-        """The shapes of router, coefficients (where there are any) and up-projections."""
+    def own_shapes(self) -> Iterator[tuple[tuple[int, ...], int]]:
+        """The shapes of router, coefficients (where there are any) and up-projections, and how far
+        apart their rows lie.
+        """
+        over_basis = self.basis_dim, row_length(self.basis_dim)
         if self.has_router:
-            width = self.in_features if self.router_input == "hidden" else self.basis_dim
-            yield self.num_experts, width
+            reads_basis = self.router_input == "basis"
+            width, length = over_basis if reads_basis else (self.in_features, self.in_features)
+            yield (self.num_experts, width), length
         if self.has_coefficients:
-            yield self.num_experts, self.r, self.basis_dim
-        yield self.num_experts, self.r, self.out_features
+            width, length = over_basis
+            yield (self.num_experts, self.r, width), length
+        yield (self.num_experts, self.r, self.out_features), self.out_features
+
+
+def row_length(d: int) -> int:
+    """How far apart rows over d dimensions of a basis begin, in values."""
+    return -(-d // ROW_STEP) * ROW_STEP
 
 
 @dataclass
@@ -161,9 +175,9 @@ class PackedAdapter:
         for linear in self.linears:
             of_linear = [basis_stop]
             basis_stop += aligned(math.prod(linear.basis_shape) * self.itemsize)
-            for shape in linear.own_shapes():
+            for shape, length in linear.own_shapes():
                 of_linear.append(own_stop)
-                own_stop += aligned(math.prod(shape) * self.itemsize)
+                own_stop += aligned(math.prod(shape[:-1]) * length * self.itemsize)
             starts.append(of_linear)
         return _Layout(starts, basis_stop, own_stop)
 
@@ -174,16 +188,16 @@ class PackedAdapter:
         """
         linear, starts = self.linears[index], self._layout.starts[index]
 
-        def view(memory: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+        def view(memory: Tensor, start: int, shape: tuple[int, ...], length: int) -> Tensor:
             # In one call, since there are many: of the two or three dimensions that there are.
-            strides = (math.prod(shape[1:]), *shape[2:], 1)
+            strides = (length, 1) if len(shape) == 2 else (shape[1] * length, length, 1)
             at = int(memory.storage_offset()) + start // self.itemsize
             return memory.as_strided(shape, strides, at)
 
         owned = zip(starts[1:], linear.own_shapes(), strict=True)
         return [
-            view(basis, starts[0], linear.basis_shape),
-            *(view(own, start, shape) for start, shape in owned),
+            view(basis, starts[0], linear.basis_shape, linear.in_features),
+            *(view(own, start, shape, length) for start, (shape, length) in owned),
         ]
 
     def views(self, basis: Tensor, own: Tensor, dtype: torch.dtype) -> dict[str, AdaptedLinear]:

@@ -192,7 +192,7 @@ class _SharedBasis:
 
 
 class ResidentAdapters:
-    """All resident adapters in one memory, each at its own size: no slots, no padding.
+    """All resident adapters in one memory, each at its own size: no slots of the largest.
 
     The basis of several adapters (found by its content) is stored once. The memory is never given
     back to an allocator, so that headers hold addresses, and kernels in flight read nothing that

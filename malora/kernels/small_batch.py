@@ -80,7 +80,7 @@ def constants(
         "PARTS": triton.next_power_of_2(_max_parts(n)),
         "EXPERTS": triton.next_power_of_2(num_experts),
         "ROUTE_ROWS": _ROUTE_ROWS,
-        "DIMS": 32,
+        "DIMS": 64,
         "ADD_ROWS": 8,
         "COLUMNS": _COLUMNS,
         "SHARED_ROWS": 32,

@@ -30,6 +30,7 @@ from malora.kernels.headers import (
     aligned,
     header_row,
     header_size,
+    row_length,
     site_tile,
 )
 
@@ -162,6 +163,7 @@ def route(
     top_k = header_size(row, TOP_K)
     r = header_size(row, RANK)
     d = header_size(row, BASIS_DIM)
+    length = row_length(d)
     stride = header_size(row, STRIDE)
     dtype: tl.constexpr = c.dtype.element_ty
     router = tl.load(row + ROUTER).to(tl.pointer_type(dtype))
@@ -194,7 +196,7 @@ def route(
             for begin in range(0, d, DIMS):
                 inside = begin + dims < d
                 w = tl.load(
-                    router + experts[None, :] * d + begin + dims[:, None],
+                    router + experts[None, :] * length + begin + dims[:, None],
                     mask=(experts < count)[None, :] & inside[:, None],
                     other=0.0,
                 )
@@ -229,7 +231,7 @@ def route(
             for begin in range(0, d, DIMS):
                 inside = begin + dims < d
                 p = tl.load(
-                    coefficients + rows[None, :] * d + begin + dims[:, None],
+                    coefficients + rows[None, :] * length + begin + dims[:, None],
                     mask=(rows < count * r)[None, :] & inside[:, None],
                     other=0.0,
                 )

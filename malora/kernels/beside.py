@@ -292,8 +292,9 @@ def _route(
 
 
 @triton.jit
-def _weights(c, h, part_stride, parts, at, read_at, rows, known, routed, PARTS: tl.constexpr):
+def _weights(c, h, part_stride, parts, at, read_at, rows, total, routed, PARTS: tl.constexpr):
     """A token's weights of up-projection rows: as routed, or the products of a single expert."""
+    known = rows < total
     if routed:
         weights = tl.load(c + at + rows, mask=known, other=0.0).to(tl.float32)
     else:
@@ -305,7 +306,8 @@ def _weights(c, h, part_stride, parts, at, read_at, rows, known, routed, PARTS: 
 def _expand_alone(
     delta, h, c, numbers, counter, expected, routed, row, token, site, offset, start, width, parts,
     num_tokens, num_sites, h_width, c_width, out_width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """delta[token, the tile's columns] = Σ weight · row.
 
@@ -325,34 +327,40 @@ def _expand_alone(
     columns = offset + tl.arange(0, COLUMNS)
     inside = columns < width
     rows = tl.arange(0, ROWS)
-    number = rows
+    # Weights and numbers of rows are read once for several steps.
+    some = tl.arange(0, WEIGHTS)
+    number = some
     if num_experts > 1:
         _wait(counter, expected)
-        number = tl.load(numbers + at + rows)
+        number = tl.load(numbers + at + some)
     w = tl.load(
-        up + number.to(tl.int64)[:, None] * width + columns[None, :],
+        up + tl.gather(number, rows, 0).to(tl.int64)[:, None] * width + columns[None, :],
         mask=(rows < total)[:, None] & inside[None, :],
         other=0.0,
     )
     # A single expert's rows are known: they are on their way while its token is routed.
     if num_experts <= 1:
         _wait(counter, expected)
-    live = rows < total
-    weight = _weights(c, h, part_stride, parts, at, read_at, rows, live, routed, PARTS)
-    sums = tl.sum(w.to(tl.float32) * weight[:, None], 0)
+    weights = _weights(c, h, part_stride, parts, at, read_at, some, total, routed, PARTS)
+    sums = tl.sum(w.to(tl.float32) * tl.gather(weights, rows, 0)[:, None], 0)
     for begin in range(ROWS, total, ROWS):
-        known = begin + rows < total
-        if num_experts > 1:
-            number = tl.load(numbers + at + begin + rows, mask=known, other=0)
-        else:
-            number = (begin + rows).to(tl.int32)
+        place = begin % WEIGHTS
+        if place == 0:
+            number = begin + some
+            if num_experts > 1:
+                number = tl.load(numbers + at + begin + some)
         w = tl.load(
-            up + number.to(tl.int64)[:, None] * width + columns[None, :],
-            mask=known[:, None] & inside[None, :],
+            up
+            + tl.gather(number, place + rows, 0).to(tl.int64)[:, None] * width
+            + columns[None, :],
+            mask=(begin + rows < total)[:, None] & inside[None, :],
             other=0.0,
         )
-        weight = _weights(c, h, part_stride, parts, at, read_at, begin + rows, known, routed, PARTS)
-        sums += tl.sum(w.to(tl.float32) * weight[:, None], 0)
+        if place == 0:
+            weights = _weights(
+                c, h, part_stride, parts, at, read_at, begin + some, total, routed, PARTS
+            )
+        sums += tl.sum(w.to(tl.float32) * tl.gather(weights, place + rows, 0)[:, None], 0)
     tl.store(delta + token * out_width + start + columns, sums.to(dtype), mask=inside)
 
 
@@ -451,6 +459,7 @@ def add_beside(
     EXPERTS: tl.constexpr,
     ROUTE_ROWS: tl.constexpr,
     DIMS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     ADD_ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
@@ -556,7 +565,7 @@ def add_beside(
             header_row(tl.load(alone_row + ADD_HEADER * num_tokens), first_site + site),
             tl.load(alone_row + ADD_TOKEN * num_tokens).to(tl.int32), site, offset, start, width,
             parts, num_tokens, num_sites, h_width, c_width, out_width,
-            ADD_ROWS, COLUMNS, PARTS, ALIGNMENT,
+            WEIGHTS, ADD_ROWS, COLUMNS, PARTS, ALIGNMENT,
         )  # fmt: skip
     elif program < shared_expands:
         add = alone_adds + (program - expands) // shared_tiles

@@ -81,6 +81,7 @@ def constants(
         "EXPERTS": triton.next_power_of_2(num_experts),
         "ROUTE_ROWS": _ROUTE_ROWS,
         "DIMS": 64,
+        "WEIGHTS": 32,
         "ADD_ROWS": 8,
         "COLUMNS": _COLUMNS,
         "SHARED_ROWS": 32,

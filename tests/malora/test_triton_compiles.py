@@ -110,7 +110,7 @@ def test_no_product_is_fused_with_a_sum_over_threads(compile_kernel):
         registers = [int(number) for number in re.findall(r"\bR(\d+)", rest)]
         if not registers:
             continue
-        if operation.startswith("SHFL"):
+        if operation.startswith("SHFL.BFLY"):  # of a sum; others hand on what one thread has
             shuffles += 1
             received.add(registers[0])
             continue

@@ -194,11 +194,31 @@ def _matrix(values, rows, count, length, columns):
 def _terms(weights, products, inside):
     """weights · products, (ROWS, DIMS) · (DIMS,): to be summed over the dimensions.
 
-    What is not inside is 0 anyway. But each product must be rounded before it is added to one of
-    another thread: a compiler that fuses the two makes threads' sums differ, where all of them
+    What is not inside may be anything. And each product must be rounded before it is added to one
+    of another thread: a compiler that fuses the two makes threads' sums differ, where all of them
     should have the same, and then an expert's logit is greater than itself.
     """
     return tl.where(inside[None, :], weights.to(tl.float32) * products[None, :], 0.0)
+
+
+@triton.jit
+def _times_products(
+    first, v, values, rows, count, z, part_stride, parts, d,
+    DIMS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """(ROWS,): a matrix over the basis' dimensions times a token's products with these.
+
+    first, v: (ROWS, DIMS) of the one and (DIMS,) of the others, of the first dimensions.
+    """
+    length = row_length(d)
+    dims = tl.arange(0, DIMS)
+    sums = tl.sum(_terms(first, v, dims < d), 1)
+    for begin in range(DIMS, d, DIMS):
+        more = begin + dims
+        matrix = _matrix(values, rows, count, length, more)
+        u = _spread(_products(z, part_stride, parts, more, more < length, PARTS), DIMS)
+        sums += tl.sum(_terms(matrix, u, more < d), 1)
+    return sums
 
 
 @triton.jit
@@ -246,11 +266,9 @@ def _route(
         logits = tl.zeros((EXPERTS,), tl.float32)
         if count > 1:
             if reads_basis:
-                sums = tl.sum(_terms(w, v, dims < d), 1)
-                for begin in range(DIMS, d, DIMS):
-                    w = _matrix(router, experts, routed, length, begin + dims)
-                    u = _products(z, part_stride, parts, begin + dims, begin + dims < length, PARTS)
-                    sums += tl.sum(_terms(w, _spread(u, DIMS), begin + dims < d), 1)
+                sums = _times_products(
+                    w, v, router, experts, routed, z, part_stride, parts, d, DIMS, PARTS
+                )
                 logits = _spread(sums, EXPERTS)
             else:
                 sums = _products(z, part_stride, parts, d + experts, experts < count, PARTS)
@@ -272,11 +290,9 @@ def _route(
         place = tl.gather(rank, expert, 0)
         needed = (rows < total) & (place < top_k)
         if has_coefficients:
-            sums = tl.sum(_terms(p, v, dims < d), 1)
-            for begin in range(DIMS, d, DIMS):
-                p = _matrix(coefficients, rows, mixed, length, begin + dims)
-                u = _products(z, part_stride, parts, begin + dims, begin + dims < length, PARTS)
-                sums += tl.sum(_terms(p, _spread(u, DIMS), begin + dims < d), 1)
+            sums = _times_products(
+                p, v, coefficients, rows, mixed, z, part_stride, parts, d, DIMS, PARTS
+            )
             coordinates = _spread(sums, ROWS)
         else:
             source = expert * stride + rows % r

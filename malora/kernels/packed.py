@@ -293,8 +293,8 @@ def pack_whole(
     bases = {path: linear.basis for path, linear in linears.items()}
     keys = {path: content_key(basis, values_digest(basis)) for path, basis in bases.items()}
     packed = describe(digest, basis_key(linears, keys), linears, len(paths), dtype)
-    basis = torch.zeros(packed.basis_bytes, dtype=torch.uint8)
-    own = torch.zeros(packed.own_bytes, dtype=torch.uint8)
+    basis = torch.empty(packed.basis_bytes, dtype=torch.uint8)
+    own = torch.empty(packed.own_bytes, dtype=torch.uint8)
     pack(packed, linears, paths, basis, own, dtype)
     return packed, basis, own
 

@@ -27,9 +27,17 @@ WIDTH = 44
 RUN_LENGTHS = [1, 1, 1, 2, 3, DENSE_TOKENS + 1, 4 * DENSE_TOKENS]
 
 
-def memory(device):
+@pytest.fixture(autouse=True, scope="module")
+def unwritten_memory_is_nan():
     # What a kernel reads beside what was written, it must not take for numbers.
-    return torch.full((1 << 22,), 255, dtype=torch.uint8, device=device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def memory(device):
+    return torch.empty(1 << 22, dtype=torch.uint8, device=device)
 
 
 def make_linear(generator, kind, out, experts, k, r, d, n_in=N_IN):
@@ -310,7 +318,7 @@ def test_the_base_product_makes_the_read_that_most_share(kind, num_tokens):
                 up=x.up.to(dtype).float(),
                 **{name: v if v is None else v.to(dtype).float() for name, v in values.items()},
             )
-    space = torch.full((1 << 25,), 255, dtype=torch.uint8, device=GPU)
+    space = torch.empty(1 << 25, dtype=torch.uint8, device=GPU)
     adapters = ResidentAdapters([Group(0, n, (Site("other", 0, 8),)), group], dtype, space)
     residents = [adapters.add(str(i), linear) for i, linear in enumerate(linears)]
     x = torch.randn(num_tokens, n, generator=generator).to(dtype)

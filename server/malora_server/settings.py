@@ -181,7 +181,8 @@ class Settings(BaseSettings):
         "info", description="Least severe log lines to write."
     )
     num_threads: PositiveInt | None = Field(
-        None, description="Threads for work on the CPU; left out, one for each core."
+        None,
+        description="Threads for work on the CPU; left out, one for each core, beside a GPU one.",
     )
 
     def api_keys(self) -> set[str]:

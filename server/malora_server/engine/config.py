@@ -14,7 +14,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: tokens of prompt and output (None: the model's own). kv_cache_memory,
     adapter_device_memory, adapter_host_memory: bytes (None: a share of what is free).
     max_slowdown: how many times as long others' requests may take because of a tenant that floods
-    (None: unlimited). num_threads: torch's CPU threads (None: torch's choice).
+    (None: unlimited). num_threads: torch's CPU threads (None: torch's choice, and one
+    beside a GPU).
     """
 
     base: str

@@ -115,6 +115,10 @@ class EngineCore:
             from malora.kernels import cpu
 
             cpu.compile_kernels()
+        elif config.num_threads is None:
+            # A step's work on the host is launching. Threads that divide its few copies spin beside
+            # the one that launches, which then takes half as long again.
+            torch.set_num_threads(1)
         device_bytes = device_capacity(config, loaded)
         host_bytes = host_capacity(config, loaded, device_bytes)
         self.adapters, resident = make_store(config, loaded, device_bytes, host_bytes)

@@ -97,3 +97,15 @@ def num_processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 4
+
+
+@cache
+def num_stages(device: torch.device, stage_bytes: int, most: int) -> int:
+    """Stages of a loop, of so many bytes of shared memory each, that a multiprocessor has room for.
+
+    One more is left free: kernels have other uses for it too.
+    """
+    if device.type != "cuda":
+        return most
+    memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return max(1, min(most, memory // stage_bytes - 1))

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from malora.kernels.batched import BaseProduct, Routing, Run, by_reader
-from malora.kernels.headers import alignment, side_stream, site_widths
+from malora.kernels.headers import (
+    alignment,
+    num_processors,
+    num_stages,
+    side_stream,
+    site_widths,
+)
 from malora.kernels.resident import Group, ResidentAdapters
 from malora.kernels.small_batch import MAX_TOKENS, SmallBatchPlan
 from malora.kernels.triton import (
@@ -35,21 +41,22 @@ _ROUTE_TOKENS = 32
 """Of those, that a program routes: with more, their products fill a multiprocessor's registers."""
 _ROUTE_ROWS = 64
 """Rows of an up-projection that it weighs together."""
-_PART = 4096
-"""Columns of a basis that a program of `project` reads."""
+_MIN_PART = 1024
+"""Columns of a basis that a program of `project` reads at least, where there are few tokens."""
 _READ_ROWS = 64
 """Rows of bases and routers that a program reads at most."""
-_READ_COLUMNS = 128
-"""Columns that go through the tensor cores together."""
+_READ_BYTES = 256
+"""Of a row, that go through the tensor cores together."""
+_READ_STAGES = 4
 _ADD_ROWS = 64
-_COLUMNS = 64
-"""Rows and columns of up-projections that a program adds together."""
+_ADD_BYTES = 128
+"""Rows of up-projections, and of each so many bytes, that a program adds together."""
+_ADD_STAGES = 3
+"""How many of what is read together are under way or in use, where shared memory has room."""
 _SPAN = 512
-_ACTIVATED_SPAN = 1024
-"""Columns that it adds, and of gate and of up that it activates, some after the others: what it
-must read before it knows where its rows lie takes as long as a few of them."""
-_STAGES = 2
-"""How many are read ahead of one another."""
+"""Columns that a program adds or activates, some after the others: what it must read before it
+knows where its rows lie takes as long as a few of them."""
+_WARPS = 8
 _CHUNK = 64
 """Weights of up-projection rows are stored, and products with the input too, in whole chunks."""
 
@@ -112,7 +119,7 @@ class LargeBatchPlan:
         _, c = self._buffers(group)
         width = group.sites[0].width
         activated = out.new_empty((len(x), width))
-        activate[(triton.cdiv(width, _ACTIVATED_SPAN), self._num_items)](
+        activate[(triton.cdiv(width, _SPAN), self._num_items)](
             out,
             activated,
             c,
@@ -121,20 +128,22 @@ class LargeBatchPlan:
             width,
             self.num_tokens,
             c.shape[-1],
-            SPAN=_ACTIVATED_SPAN,
-            **self._of_adding(group, out.itemsize),
+            **self._of_adding(group, out.itemsize, 2),
         )
         return activated
 
-    def _of_adding(self, group: Group, itemsize: int) -> dict[str, int | bool]:
+    def _of_adding(self, group: Group, itemsize: int, outputs: int) -> dict[str, int | bool]:
+        """outputs: how many of the group's a program reads at a time, with their up-projections."""
+        stage_bytes = outputs * (_TOKENS + _ADD_ROWS) * _ADD_BYTES
         return {
             "TOKENS": _TOKENS,
             "ROWS": _ADD_ROWS,
-            "COLUMNS": _COLUMNS,
-            "STAGES": _STAGES,
+            "COLUMNS": _ADD_BYTES // itemsize,
+            "SPAN": _SPAN,
+            "STAGES": num_stages(self._table.device, stage_bytes, _ADD_STAGES),
             "MORE_ROWS": self._sizes.rows > _ADD_ROWS,
             "ALIGNMENT": alignment(group, itemsize),
-            "num_warps": 4,
+            "num_warps": _WARPS,
         }
 
     def _product(self, x: Tensor, group: Group, base: BaseProduct) -> Tensor:
@@ -165,33 +174,31 @@ class LargeBatchPlan:
             len(group.sites),
             c.shape[-1],
             *widths,
-            SPAN=_SPAN,
-            **self._of_adding(group, out.itemsize),
+            **self._of_adding(group, out.itemsize, 1),
         )
 
     def _weigh(self, x: Tensor, group: Group) -> None:
-        n, sites = x.shape[1], len(group.sites)
+        sites, (blocks, parts) = len(group.sites), self._division(group)
         h, c = self._buffers(group)
-        parts = len(h)
-        rows = sites * self._sizes.reads
-        rows_together = min(_READ_ROWS, triton.next_power_of_2(rows))
-        blocks = triton.cdiv(rows, rows_together)
+        columns = _READ_BYTES // x.itemsize
+        stage_bytes = (_TOKENS + _READ_ROWS) * _READ_BYTES
         project[(parts * blocks, self._num_reads)](
             x,
             h,
             self._table,
             group.first_site,
-            n,
+            x.shape[1],
             self.num_tokens,
             h.shape[-1],
             blocks,
+            triton.cdiv(triton.cdiv(x.shape[1], columns), parts),
             SITES=sites,
             TOKENS=_TOKENS,
-            ROWS=rows_together,
-            COLUMNS=_READ_COLUMNS,
-            PART=_PART,
+            ROWS=self._rows_together(sites),
+            COLUMNS=columns,
             ALIGNMENT=alignment(group, x.itemsize),
-            num_warps=4,
+            num_warps=_WARPS,
+            num_stages=num_stages(self._table.device, stage_bytes, _READ_STAGES),
         )
         taken = None if self.routing is None else self.routing.gates[:, group.layer]
         route[(self._num_adds, sites, _TOKENS // _ROUTE_TOKENS)](
@@ -213,21 +220,35 @@ class LargeBatchPlan:
             num_warps=4,
         )
 
+    def _rows_together(self, sites: int) -> int:
+        return min(_READ_ROWS, triton.next_power_of_2(sites * self._sizes.reads))
+
+    def _division(self, group: Group) -> tuple[int, int]:
+        """Into how many blocks of rows, and parts of the input, a group's reads are divided.
+
+        Parts, so that few tokens too have a program for most multiprocessors.
+        """
+        sites = len(group.sites)
+        blocks = triton.cdiv(sites * self._sizes.reads, self._rows_together(sites))
+        programs = blocks * triton.cdiv(self.num_tokens, _TOKENS)
+        parts = num_processors(self._table.device) // programs
+        return blocks, max(1, min(parts, group.in_features // _MIN_PART))
+
     def _buffers(self, group: Group) -> tuple[Tensor, Tensor]:
         """What the kernels of a group hand on, for S sites.
 
         (parts, T, S, reads) float32, products with the input; (T, S, rows), weights of the
         up-projections' rows, in the adapters' dtype.
         """
-        parts, sites = triton.cdiv(group.in_features, _PART), len(group.sites)
-        if (parts, sites) not in self._scratch:
+        key = parts, sites = self._division(group)[1], len(group.sites)
+        if key not in self._scratch:
             reads, rows = (-(-n // _CHUNK) * _CHUNK for n in (self._sizes.reads, self._sizes.rows))
             tokens, device = self.num_tokens, self._table.device
-            self._scratch[parts, sites] = (
+            self._scratch[key] = (
                 torch.empty((parts, tokens, sites, reads), dtype=torch.float32, device=device),
                 torch.empty((tokens, sites, rows), dtype=self._dtype, device=device),
             )
-        return self._scratch[parts, sites]
+        return self._scratch[key]
 
 
 GpuPlan = SmallBatchPlan | LargeBatchPlan

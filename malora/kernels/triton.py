@@ -43,7 +43,9 @@ NUM_TABLE_ROWS = 7
 
 # What differs from batch to batch or from layer to layer: a kernel for each kind of number would
 # be compiled when it is first met, while everybody waits.
-_UNSPECIALIZED = ("first_site", "num_tokens", "num_sites", "taken_stride", "blocks", "parts")
+_UNSPECIALIZED = (
+    "first_site", "num_tokens", "num_sites", "taken_stride", "blocks", "parts", "part_steps",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -56,14 +58,14 @@ def project(
     num_tokens,
     h_width,
     blocks,
+    part_steps,
     SITES: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PART: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """h[part, token, site, row] = (basis; router)[row] · x[token], over the part's columns.
+    """h[part, token, site, row] = (basis; router)[row] · x[token], over a part of the columns.
 
     A block has rows of several sites, so that they read the input once.
     """
@@ -100,21 +102,21 @@ def project(
     weights = tl.multiple_of(addresses.to(tl.pointer_type(dtype)), [ALIGNMENT])
     count = tl.load(table + READ_COUNT * num_tokens + item)
     start = tl.load(table + READ_START * num_tokens + item)
-    stop = tl.minimum(n, part * PART + PART)
     index = tl.arange(0, TOKENS)
     mine = index < count
     tokens = tl.load(table + ORDER * num_tokens + start + index, mask=mine, other=0)
     sums = tl.zeros((TOKENS, ROWS), tl.float32)
-    for begin in range(part * PART, stop, COLUMNS):
-        columns = begin + tl.arange(0, COLUMNS)
+    stop = tl.minimum(tl.cdiv(n, COLUMNS), part * part_steps + part_steps)
+    for step in range(part * part_steps, stop):
+        columns = step * COLUMNS + tl.arange(0, COLUMNS)
         w = tl.load(
             weights[:, None] + columns[None, :],
-            mask=known[:, None] & (columns < stop)[None, :],
+            mask=known[:, None] & (columns < n)[None, :],
             other=0.0,
         )
         v = tl.load(
             x + tokens[:, None] * n + columns[None, :],
-            mask=mine[:, None] & (columns < stop)[None, :],
+            mask=mine[:, None] & (columns < n)[None, :],
             other=0.0,
         )
         sums = tl.dot(v, tl.trans(w), sums, input_precision="ieee")

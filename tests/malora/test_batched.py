@@ -250,7 +250,7 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, num_seq
     want = expected(x, x @ weight.T, runs, linears, sites)
     on_gpu = x.to(GPU), weight.to(GPU)
     # Batches of prompts take another form than decoding ones; few tokens do here, to be quick.
-    with mock.patch.object(large_batch, "_PART", 512):
+    with mock.patch.object(large_batch, "_MIN_PART", 128):
         if form.startswith("large"):
             many = 4 if form == "large, any mix" else None
             plan = large_batch.LargeBatchPlan(position, adapters, many)

@@ -41,16 +41,16 @@ KERNELS = {
     "crowded": (product._multiply, product.constants(
         CROWDED, 128, True, False, 1, 8, True), CROWDED.warps),
     "project": (large.project, dict(
-        SITES=3, TOKENS=large._TOKENS, ROWS=large._READ_ROWS, COLUMNS=large._READ_COLUMNS,
-        PART=large._PART, ALIGNMENT=16), 4),
+        SITES=3, TOKENS=large._TOKENS, ROWS=large._READ_ROWS,
+        COLUMNS=large._READ_BYTES // 2, ALIGNMENT=16), large._WARPS),
     "route": (large.route, dict(
         TOKENS=large._ROUTE_TOKENS, EXPERTS=16, ROWS=large._ROUTE_ROWS, DIMS=32), 4),
     "expand": (large.expand, dict(
-        TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._COLUMNS, SPAN=large._SPAN,
-        STAGES=large._STAGES, MORE_ROWS=False, ALIGNMENT=16), 4),
+        TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._ADD_BYTES // 2,
+        SPAN=large._SPAN, STAGES=large._ADD_STAGES, MORE_ROWS=False, ALIGNMENT=16), large._WARPS),
     "activate": (large.activate, dict(
-        TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._COLUMNS,
-        SPAN=large._ACTIVATED_SPAN, STAGES=large._STAGES, MORE_ROWS=False, ALIGNMENT=16), 4),
+        TOKENS=large._TOKENS, ROWS=large._ADD_ROWS, COLUMNS=large._ADD_BYTES // 2,
+        SPAN=large._SPAN, STAGES=large._ADD_STAGES, MORE_ROWS=False, ALIGNMENT=16), large._WARPS),
 }
 kernel, values, warps = KERNELS[sys.argv[1]]
 signature = {

@@ -181,16 +181,16 @@ def _decode(core: EngineCore, names: list[str | None]) -> float:
 
 
 def _prefill(core: EngineCore, names: list[str | None]) -> float:
-    """Prompt tokens a second, the median of three."""
+    """Prompt tokens a second, the median of five after two that warm up."""
     rates = []
-    for _ in range(3):
+    for _ in range(7):
         _submit(core, names, 1)
         torch.cuda.synchronize()
         start = time.perf_counter()
         while core.has_work:
             core.step()
         rates.append(len(names) * PROMPT_TOKENS / (time.perf_counter() - start))
-    return statistics.median(rates)
+    return statistics.median(rates[2:])
 
 
 def _print(results: dict[str, Any], shape: str, batches: list[int]) -> None:

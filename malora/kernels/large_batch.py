@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -61,6 +61,18 @@ _CHUNK = 64
 """Weights of up-projection rows are stored, and products with the input too, in whole chunks."""
 
 
+class _Scratch(NamedTuple):
+    """How reads of groups with as many inputs and sites are divided, and what kernels hand on."""
+
+    blocks: int
+    rows_together: int
+    """Of bases and routers, in a block."""
+    products: Tensor
+    """(parts, T, S, reads) float32, with the input, for S sites; parts of the input."""
+    weights: Tensor
+    """(T, S, rows), of up-projections' rows, in the adapters' dtype."""
+
+
 class LargeBatchPlan:
     """The adapters of many tokens: which tokens are whose, and scratch memory.
 
@@ -82,12 +94,12 @@ class LargeBatchPlan:
         self._is_exact = num_sequences is None
         if num_sequences is not None:
             # Each has a last item that is not full, as have the tokens without an adapter.
-            items = triton.cdiv(num_tokens, _TOKENS) + num_sequences + 1
+            items = -(-num_tokens // _TOKENS) + num_sequences + 1
             self._num_reads = self._num_adds = self._num_items = min(items, num_tokens)
         self._table = torch.zeros((NUM_TABLE_ROWS, num_tokens), dtype=torch.int64, device=device)
         self._dtype = adapters.dtype
         self._sizes = adapters.sizes
-        self._scratch: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._scratch: dict[tuple[int, int], _Scratch] = {}
         self._stream = side_stream(device) if device.type == "cuda" else None
 
     def load(self, runs: Sequence[Run]) -> bool:
@@ -116,10 +128,10 @@ class LargeBatchPlan:
     def activate(self, x: Tensor, group: Group, base: BaseProduct) -> Tensor:
         """silu(gate) · up, (T, m / 2), of a group's two outputs as `apply` makes them."""
         out = self._product(x, group, base)
-        _, c = self._buffers(group)
+        c = self._scratch_of(group).weights
         width = group.sites[0].width
         activated = out.new_empty((len(x), width))
-        activate[(triton.cdiv(width, _SPAN), self._num_items)](
+        activate[(-(-width // _SPAN), self._num_items)](
             out,
             activated,
             c,
@@ -161,9 +173,9 @@ class LargeBatchPlan:
         return out
 
     def _expand(self, out: Tensor, group: Group) -> None:
-        _, c = self._buffers(group)
+        c = self._scratch_of(group).weights
         widths = site_widths(group)
-        spans = sum(triton.cdiv(width, _SPAN) for width in widths)
+        spans = sum(-(-width // _SPAN) for width in widths)
         expand[(spans, self._num_adds)](
             out,
             c,
@@ -178,9 +190,8 @@ class LargeBatchPlan:
         )
 
     def _weigh(self, x: Tensor, group: Group) -> None:
-        sites, (blocks, parts) = len(group.sites), self._division(group)
-        h, c = self._buffers(group)
-        columns = _READ_BYTES // x.itemsize
+        sites, (blocks, rows, h, c) = len(group.sites), self._scratch_of(group)
+        parts, columns = len(h), _READ_BYTES // x.itemsize
         stage_bytes = (_TOKENS + _READ_ROWS) * _READ_BYTES
         project[(parts * blocks, self._num_reads)](
             x,
@@ -191,10 +202,10 @@ class LargeBatchPlan:
             self.num_tokens,
             h.shape[-1],
             blocks,
-            triton.cdiv(triton.cdiv(x.shape[1], columns), parts),
+            -(-x.shape[1] // (columns * parts)),
             SITES=sites,
             TOKENS=_TOKENS,
-            ROWS=self._rows_together(sites),
+            ROWS=rows,
             COLUMNS=columns,
             ALIGNMENT=alignment(group, x.itemsize),
             num_warps=_WARPS,
@@ -214,37 +225,25 @@ class LargeBatchPlan:
             0 if taken is None else taken.stride(0),
             parts,
             TOKENS=_ROUTE_TOKENS,
-            EXPERTS=max(16, triton.next_power_of_2(self._sizes.num_experts)),
+            EXPERTS=max(16, _power_of_2(self._sizes.num_experts)),
             ROWS=_ROUTE_ROWS,
             DIMS=32,
             num_warps=4,
         )
 
-    def _rows_together(self, sites: int) -> int:
-        return min(_READ_ROWS, triton.next_power_of_2(sites * self._sizes.reads))
-
-    def _division(self, group: Group) -> tuple[int, int]:
-        """Into how many blocks of rows, and parts of the input, a group's reads are divided.
-
-        Parts, so that few tokens too have a program for most multiprocessors.
-        """
-        sites = len(group.sites)
-        blocks = triton.cdiv(sites * self._sizes.reads, self._rows_together(sites))
-        programs = blocks * triton.cdiv(self.num_tokens, _TOKENS)
-        parts = num_processors(self._table.device) // programs
-        return blocks, max(1, min(parts, group.in_features // _MIN_PART))
-
-    def _buffers(self, group: Group) -> tuple[Tensor, Tensor]:
-        """What the kernels of a group hand on, for S sites.
-
-        (parts, T, S, reads) float32, products with the input; (T, S, rows), weights of the
-        up-projections' rows, in the adapters' dtype.
-        """
-        key = parts, sites = self._division(group)[1], len(group.sites)
+    def _scratch_of(self, group: Group) -> _Scratch:
+        key = n, sites = group.in_features, len(group.sites)
         if key not in self._scratch:
-            reads, rows = (-(-n // _CHUNK) * _CHUNK for n in (self._sizes.reads, self._sizes.rows))
+            rows_together = min(_READ_ROWS, _power_of_2(sites * self._sizes.reads))
+            blocks = -(-sites * self._sizes.reads // rows_together)
             tokens, device = self.num_tokens, self._table.device
-            self._scratch[key] = (
+            # Few tokens too have a program for most multiprocessors.
+            parts = num_processors(device) // (blocks * -(-tokens // _TOKENS))
+            parts = max(1, min(parts, n // _MIN_PART))
+            reads, rows = (-(-n // _CHUNK) * _CHUNK for n in (self._sizes.reads, self._sizes.rows))
+            self._scratch[key] = _Scratch(
+                blocks,
+                rows_together,
                 torch.empty((parts, tokens, sites, reads), dtype=torch.float32, device=device),
                 torch.empty((tokens, sites, rows), dtype=self._dtype, device=device),
             )
@@ -258,6 +257,11 @@ def gpu_plan(num_tokens: int, adapters: ResidentAdapters) -> GpuPlan:
     """The plan of a batch of so many tokens, not loaded yet."""
     small = num_tokens <= MAX_TOKENS
     return (SmallBatchPlan if small else LargeBatchPlan)(num_tokens, adapters)
+
+
+def _power_of_2(n: int) -> int:
+    """The next one: `triton.next_power_of_2` and `triton.cdiv` take as long as half a launch."""
+    return 1 << (n - 1).bit_length()
 
 
 def batch_table(runs: Sequence[Run], num_tokens: int) -> NDArray[np.int64]:

@@ -163,15 +163,18 @@ def test_an_fp8_checkpoint_equals_its_weights_and_activations_with_every_adapter
     base, root = fp8(family), adapters(family)
     llm = LLM(EngineConfig(base=str(base), adapters=str(root)))
     assert llm.adapters == sorted(ADAPTERS)
-    names = [None, *ADAPTERS] * 2
+    names = [None, *ADAPTERS] * 3
     texts = prompts(len(names))
     errors = []
     for name, text, got in zip(names, texts, scores(llm, texts, names), strict=True):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         model = dequantised(model, None if name is None else root / name)
         errors.append(np.abs(got - reference(model, text)))
-    # An activation on the edge between two float8 values may fall to either side.
-    assert max(np.median(e) for e in errors) < 1e-4
+    # An activation on the edge between two float8 values may fall to either side, by the processor,
+    # and all tokens behind it differ: in one prompt of twenty, not in all of an adapter's.
+    for name in (None, *ADAPTERS):
+        assert min(e.max() for n, e in zip(names, errors, strict=True) if n == name) < 1e-4
+    assert np.median(np.concatenate(errors)) < 1e-4
     assert np.concatenate(errors).max() < 0.2
 
 

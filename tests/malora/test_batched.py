@@ -249,8 +249,9 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, num_seq
     weight = torch.randn(sum(widths), n, generator=generator) / n**0.5
     want = expected(x, x @ weight.T, runs, linears, sites)
     on_gpu = x.to(GPU), weight.to(GPU)
-    # Batches of prompts take another form than decoding ones; few tokens do here, to be quick.
-    with mock.patch.object(large_batch, "_MIN_PART", 128):
+    # Batches of prompts take another form than decoding ones; few tokens do here, to be quick, and
+    # as many single-precision columns together as of sixteen bits.
+    with mock.patch.multiple(large_batch, _MIN_PART=512, _READ_BYTES=512, _ADD_BYTES=256):
         if form.startswith("large"):
             many = 4 if form == "large, any mix" else None
             plan = large_batch.LargeBatchPlan(position, adapters, many)

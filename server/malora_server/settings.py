@@ -182,7 +182,7 @@ class Settings(BaseSettings):
     )
     num_threads: PositiveInt | None = Field(
         None,
-        description="Threads for work on the CPU; left out, one for each core, beside a GPU one.",
+        description="Threads for work on the CPU; left out, one for each core, or one with a GPU.",
     )
 
     def api_keys(self) -> set[str]:

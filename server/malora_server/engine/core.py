@@ -117,7 +117,7 @@ class EngineCore:
             cpu.compile_kernels()
         elif config.num_threads is None:
             # A step's work on the host is launching. Threads that divide its few copies spin beside
-            # the one that launches, which then takes half as long again.
+            # the one that launches, which then takes a quarter longer.
             torch.set_num_threads(1)
         device_bytes = device_capacity(config, loaded)
         host_bytes = host_capacity(config, loaded, device_bytes)

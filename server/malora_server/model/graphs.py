@@ -36,8 +36,8 @@ from malora_server.model.pieces import PiecewiseGraph, unowned
 logger = logging.getLogger(__name__)
 
 _MIXED_ROWS = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256))
-"""Of graphs of steps with prompts. With more tokens the device takes longer than the host takes to
-launch everything."""
+"""Of graphs of steps with prompts. With more tokens the device takes longer, for all but small
+models, than the host takes to launch everything."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from malora.files import Map, threaded_map
 from malora.format import Adapter, OpenAdapter, open_adapter
 from malora.kernels.packed import basis_key, describe, pack
 from malora.limits import CONFIG_NAME, WEIGHTS_NAME, AdapterFormatError
+from malora_server.adapters.loader_process import MAX_MESSAGE_BYTES
 from malora_server.adapters.loading import (
-    MAX_MESSAGE_BYTES,
     Answer,
     Close,
     Command,

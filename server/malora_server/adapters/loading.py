@@ -3,7 +3,7 @@
 Reading, checking and packing an adapter is work for a process: a thread would hold Python's lock
 while a step waits for it, and a file that is cut short while it is mapped kills whoever reads it.
 The loader writes packed adapters straight into the engine's host memory, into the ranges that the
-engine names. One process serves all engines of this one, and ends with it.
+engine names. One process serves all engines of this one (`loader_process`).
 
 They speak msgspec messages over a pair of sockets for each engine. A load goes in two parts: `Open`
 is answered with the sizes once the headers are read, and what follows them is read while the engine
@@ -12,22 +12,20 @@ finds room; `Pack` names it.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import subprocess
-import sys
-from dataclasses import dataclass
 
 import msgspec
 import torch
 
 from malora.format import BaseModelSpec
 from malora.kernels.packed import PackedAdapter
+from malora_server.adapters import loader_process
+from malora_server.adapters.loader_process import MAX_MESSAGE_BYTES
 from malora_server.adapters.memory import HostMemory
 from malora_server.engine.messages import AdapterInfo
 
-MAX_MESSAGE_BYTES = 2**22
 _LAST_SECONDS = 1.0
 """From the end of a process's sockets to its own."""
 
@@ -95,56 +93,6 @@ class LoaderDiedError(Exception):
     """The loader ended while it was needed; the message says how, for the user."""
 
 
-@dataclass
-class _Process:
-    """The loader of this process's engines."""
-
-    popen: subprocess.Popen[bytes]
-    control: socket.socket
-
-    @classmethod
-    def start(cls) -> _Process:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        level = logging.getLevelName(logging.getLogger().getEffectiveLevel())
-        with theirs:
-            popen = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "malora_server.adapters.loader",
-                    str(theirs.fileno()),
-                    level.lower(),
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            )
-        return cls(popen, ours)
-
-    def connect(self, memory: HostMemory) -> socket.socket:
-        """A link of one engine, whose host memory the loader maps. OSError where it has ended."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            socket.send_fds(self.control, [b"+"], [theirs.fileno(), memory.fd])
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE_BYTES)
-        return ours
-
-
-_process: _Process | None = None
-
-
-def _connect(memory: HostMemory) -> tuple[_Process, socket.socket]:
-    """A link to this process's loader, which is started where there is none."""
-    global _process
-    if _process is not None and _process.popen.poll() is None:
-        try:
-            return _process, _process.connect(memory)
-        except OSError:
-            _process.popen.wait()  # it ended between the two lines
-    _process = _Process.start()
-    return _process, _process.connect(memory)
-
-
 class Loader:
     """One engine's link to the loader: one load at a time."""
 
@@ -206,7 +154,7 @@ class Loader:
 
     def _connect(self) -> None:
         try:
-            self._process, self._link = _connect(self._memory)
+            self._process, self._link = loader_process.connect(self._memory.fd)
         except OSError as error:
             raise LoaderDiedError(
                 f"The process that reads adapters cannot be started: {error.strerror}"

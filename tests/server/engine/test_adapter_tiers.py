@@ -10,7 +10,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from malora_server.adapters import loading
+from malora_server.adapters import loader_process
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.core import EngineCore
 from malora_server.engine.messages import (
@@ -213,7 +213,7 @@ def test_others_run_on_while_an_adapter_is_read(made, size):
     core = make(*made, size, 2.0, 3.0)
     requests = Requests(core, made[1])
     requests.run(["a"])
-    process = psutil.Process(loading._process.popen.pid)
+    process = psutil.Process(loader_process.start().popen.pid)
     process.suspend()
     try:
         waits = requests.add("b")
@@ -234,7 +234,7 @@ def test_a_loader_that_dies_fails_one_load_and_is_started_again(made, size, trut
     core = make(*made, size, 2.0, 3.0)
     requests = Requests(core, made[1])
     assert requests.run(["a"]) == [truth["a"]]
-    pid = loading._process.popen.pid
+    pid = loader_process.start().popen.pid
     psutil.Process(pid).suspend()
     doomed = requests.add("b")
     alive = requests.add("a")
@@ -244,11 +244,12 @@ def test_a_loader_that_dies_fails_one_load_and_is_started_again(made, size, trut
     assert "signal 9" in requests.ends[doomed].error
     assert requests.ends[alive].finish_reason == "length"
     assert requests.run(["b", "c"]) == [truth["b"], truth["c"]]
-    assert loading._process.popen.pid != pid
+    assert loader_process.start().popen.pid != pid
     assert core.stats().adapters.load_failures == 1
     # It may end while nobody needs it, too.
-    os.kill(loading._process.popen.pid, signal.SIGKILL)
-    loading._process.popen.wait()
+    process = loader_process.start().popen
+    process.kill()
+    process.wait()
     assert requests.run(["d"]) == [truth["d"]]
     check_empty(core)
 

@@ -215,7 +215,9 @@ def test_half_precision_inputs_are_widened():
 )
 @given(
     specs=adapters_strategy,
-    counts=st.lists(st.tuples(st.integers(1, 20), st.integers(-1, 4)), min_size=1, max_size=4),
+    counts=st.lists(
+        st.tuples(st.sampled_from([1, 1, 2, 3, 9, 18]), st.integers(-1, 4)), min_size=1, max_size=4
+    ),
     sizes=st.sampled_from(
         [
             (24, 20, 12, 12),
@@ -303,13 +305,13 @@ def test_the_gpu_kernels_equal_the_reference(specs, counts, sizes, form, num_seq
 
 @pytest.mark.parametrize(
     ("kind", "num_tokens"),
-    [("lora", 100), ("malora", 33), ("malora-basis", 64), ("malora-basis", 40)],
+    [("lora", 70), ("malora", 33), ("malora-basis", 64), ("malora-basis", 40)],
 )
 def test_the_base_product_makes_the_read_that_most_share(kind, num_tokens):
     # Of sixteen-bit values on a GPU, which the interpreter gets wrong.
     dtype = torch.bfloat16 if GPU.type == "cuda" else torch.float32
     # There more than two tiles for each multiprocessor too, which are wider ones.
-    n, widths = 384, (16960 if GPU.type == "cuda" else 576, 64)
+    n, widths = 384, (16960 if GPU.type == "cuda" else 192, 64)
     sites = tuple(Site(path, sum(widths[:i]), widths[i]) for i, path in enumerate("qk"))
     group = Group(0, n, sites, first_site=1)
     generator = torch.Generator().manual_seed(num_tokens)

@@ -199,7 +199,7 @@ def read_metrics(url: str) -> Callable[[], Metrics]:
     """The shared server's metrics now, by name and its labels' values: `read_metrics()`."""
 
     def read() -> Metrics:
-        text = httpx.get(f"{url}/metrics").raise_for_status().text
+        text = httpx.get(f"{url}/metrics", timeout=60).raise_for_status().text
         return {
             (sample.name.removeprefix("malora_"), tuple(sample.labels.values())): sample.value
             for family in text_string_to_metric_families(text)

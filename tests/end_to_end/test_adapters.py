@@ -288,16 +288,16 @@ def test_vllms_routes(own_url: str, own: Client, root: Path, adapters: Path) -> 
     put_folder(adapters / "compact", root / "team")
     load, unload = f"{own_url}/v1/load_lora_adapter", f"{own_url}/v1/unload_lora_adapter"
     body = {"lora_name": "vllms", "lora_path": str(root / "team")}
-    reply = httpx.post(load, json=body)
+    reply = httpx.post(load, json=body, timeout=60)
     assert (reply.status_code, reply.json()["name"]) == (200, "vllms")
     assert complete(own, "vllms").choices[0].text == complete(own, "team").choices[0].text
-    reply = httpx.post(load, json=body)
+    reply = httpx.post(load, json=body, timeout=60)
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "adapter_exists")
-    reply = httpx.post(load, json={**body, "lora_path": "lora", "load_inplace": True})
+    reply = httpx.post(load, json={**body, "lora_path": "lora", "load_inplace": True}, timeout=60)
     assert reply.json()["source"] == "lora"
     assert complete(own, "vllms").choices[0].text == complete(own, "lora").choices[0].text
-    assert httpx.post(unload, json={"lora_name": "vllms"}).json()["deleted"] is True
-    reply = httpx.post(unload, json={"lora_name": "vllms"})
+    assert httpx.post(unload, json={"lora_name": "vllms"}, timeout=60).json()["deleted"] is True
+    reply = httpx.post(unload, json={"lora_name": "vllms"}, timeout=60)
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
 
 
@@ -338,7 +338,7 @@ def test_no_path_leads_out_of_the_folder(
 
 @pytest.mark.parametrize("name", [".x", "a%2Fb", "..", "base", "x" * 300, "a\\b"])
 def test_no_name_is_more_than_a_folders(own_url: str, name: str) -> None:
-    reply = httpx.put(f"{own_url}/v1/adapters/{name}", json={"source": "lora"})
+    reply = httpx.put(f"{own_url}/v1/adapters/{name}", json={"source": "lora"}, timeout=60)
     assert reply.status_code in (400, 404, 405)
     assert reply.json()["error"]["code"]
 

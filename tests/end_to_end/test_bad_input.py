@@ -139,7 +139,7 @@ def check(case: Bad, reply: httpx.Response, adapters: Path) -> None:
 
 @pytest.fixture
 async def http(url: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=url) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         yield http
 
 

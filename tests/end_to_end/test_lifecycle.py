@@ -123,7 +123,7 @@ async def test_sigterm_lets_requests_finish(servers: Servers) -> None:
         engine.send_signal(signal.SIGTERM)  # as a supervisor does that signals the whole group
         await asyncio.sleep(0.2)
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"{url}/health")
+            httpx.get(f"{url}/health", timeout=60)
         for payloads in await asyncio.gather(*reading):
             assert payloads[-1] == "[DONE]"
             assert json.loads(payloads[-2])["choices"][0]["finish_reason"] == "length"
@@ -187,21 +187,21 @@ async def test_a_lost_engine_fails_what_ran_and_is_started_again(servers: Server
             check_cut_off(payloads, "engine_dead")
         for reply in (
             await whole,
-            httpx.get(f"{url}/health"),
-            httpx.post(f"{url}{COMPLETIONS}", json=body(0, 2)),
-            httpx.post(f"{url}{COMPLETIONS}", json=body(0, 2, stream=True)),
+            httpx.get(f"{url}/health", timeout=60),
+            httpx.post(f"{url}{COMPLETIONS}", json=body(0, 2), timeout=60),
+            httpx.post(f"{url}{COMPLETIONS}", json=body(0, 2, stream=True), timeout=60),
         ):
             check_refused(reply, "engine_dead")
             assert int(reply.headers["retry-after"]) >= 1
-    assert httpx.get(f"{url}/v1/models").status_code == 200
+    assert httpx.get(f"{url}/v1/models", timeout=60).status_code == 200
     deadline = time.monotonic() + 60
-    while httpx.get(f"{url}/health").status_code != 200:
+    while httpx.get(f"{url}/health", timeout=60).status_code != 200:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.1)
     assert server.engine().pid != engine.pid
     assert not engine.is_running()
     assert [completion(url, index) for index in range(3)] == before
-    assert "malora_engine_restarts_total 1.0" in httpx.get(f"{url}/metrics").text
+    assert "malora_engine_restarts_total 1.0" in httpx.get(f"{url}/metrics", timeout=60).text
     log = server.log.read_text()
     assert "the engine was killed by SIGKILL" in log
     assert "the engine serves again" in log

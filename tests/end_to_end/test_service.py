@@ -266,11 +266,11 @@ def test_a_repeated_prompt_comes_from_the_cache_of_its_own_model_alone(client: C
 def test_the_request_id_is_the_clients_own_or_a_fresh_one(url: str) -> None:
     body = {"model": "lora", "prompt": "Hello", "max_tokens": 2}
     own = httpx.post(
-        f"{url}/v1/completions", json=body, headers={"X-Request-Id": "order-66"}
+        f"{url}/v1/completions", json=body, headers={"X-Request-Id": "order-66"}, timeout=60
     ).raise_for_status()
     assert own.headers["x-request-id"] == "order-66"
     assert own.json()["id"] == "cmpl-order-66"
-    fresh = [httpx.get(f"{url}/v1/models").headers["x-request-id"] for _ in range(2)]
+    fresh = [httpx.get(f"{url}/v1/models", timeout=60).headers["x-request-id"] for _ in range(2)]
     assert fresh[0] != fresh[1]
-    refused = httpx.get(f"{url}/nothing", headers={"X-Request-Id": "order-67"})
+    refused = httpx.get(f"{url}/nothing", headers={"X-Request-Id": "order-67"}, timeout=60)
     assert refused.headers["x-request-id"] == "order-67"

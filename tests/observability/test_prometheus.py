@@ -160,7 +160,7 @@ def test_the_dashboards_variables_have_values(prometheus: Prometheus) -> None:
 
 
 def test_every_metric_of_the_dashboard_and_the_alerts_is_one_of_ours(url: str) -> None:
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=60).text
     ours = {sample.name for f in text_string_to_metric_families(text) for sample in f.samples}
     families = {family.name for family in text_string_to_metric_families(text)}
     rules = yaml.safe_load((DOCKER / "prometheus/alerts.yml").read_text())["groups"]
@@ -219,7 +219,7 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(
     url: str, promtool: Callable[..., str]
 ) -> None:
     asyncio.run(load(url, 0.1))
-    assert promtool("check", "metrics", stdin=httpx.get(f"{url}/metrics").content) == ""
+    assert promtool("check", "metrics", stdin=httpx.get(f"{url}/metrics", timeout=60).content) == ""
 
 
 def test_promtool_finds_nothing_wrong_with_the_configuration(promtool: Callable[..., str]) -> None:

@@ -83,9 +83,9 @@ def test_a_request_is_one_span_of_its_callers_trace(
 def test_other_requests_have_spans_too_and_probes_none(url: str, collector: Collector) -> None:
     trace, _, headers = traceparent()
     for path in ("/health", "/metrics", "/v1/models", "/nothing"):
-        httpx.get(f"{url}{path}", headers=headers)
+        httpx.get(f"{url}{path}", headers=headers, timeout=60)
     body = {"model": "nobody", "prompt": "x"}
-    httpx.post(f"{url}/v1/completions", json=body, headers=headers)
+    httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
     spans = collector.spans(trace, count=3)
     named = {span.name: span.attributes["http.response.status_code"] for span in spans}
     assert named == {"GET /v1/models": 200, "GET": 404, "POST /v1/completions": 404}
@@ -97,8 +97,8 @@ def test_the_callers_word_on_sampling_holds_and_a_new_trace_begins_without_one(
 ) -> None:
     unwanted, _, headers = traceparent(sampled=False)
     body = {"model": "lora", "prompt": "x", "max_tokens": 1}
-    httpx.post(f"{url}/v1/completions", json=body, headers=headers)
-    own = httpx.post(f"{url}/v1/completions", json=body).headers["x-request-id"]
+    httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+    own = httpx.post(f"{url}/v1/completions", json=body, timeout=60).headers["x-request-id"]
     (line,) = [line for line in log_lines() if line.get("request_id") == own]
     (span,) = collector.spans(line["trace_id"])
     assert (span.name, span.parent_span_id) == ("text_completion lora", "")
@@ -114,7 +114,7 @@ def test_a_collector_that_is_away_costs_requests_nothing(
     with serve(*flags) as url:  # and it ends well, in time
         for _ in range(3):
             body = {"model": "malora-base", "prompt": "x", "max_tokens": 2}
-            assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
 
 
 def test_without_the_sdk_the_server_says_what_to_install() -> None:

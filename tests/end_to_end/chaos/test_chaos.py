@@ -194,7 +194,7 @@ async def check_at_rest(url: str, num_engines_lost: int) -> None:
         "malora_engine_restarts_total": float(num_engines_lost),
     }
     deadline = time.monotonic() + 20
-    async with httpx.AsyncClient(base_url=url) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         while True:
             found = {}
             for line in (await http.get("/metrics")).text.splitlines():

@@ -110,7 +110,7 @@ def test_what_runs_is_finished_or_told_when_the_server_drains(
 
     def ask(name: str, **changes: Any) -> None:
         body = {"model": "tiny", "prompt": "a fox", "max_tokens": 10, **changes}
-        replies[name] = httpx.post(f"{url}/v1/completions", json=body)
+        replies[name] = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
 
     with run_server(server) as url:
         threads = [
@@ -129,7 +129,7 @@ def test_what_runs_is_finished_or_told_when_the_server_drains(
         for thread in threads:
             thread.join(10)
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health")
+            httpx.get(f"{url}/health", timeout=60)
     assert replies["short"].status_code == 200
     assert replies["short"].json()["usage"]["completion_tokens"] == 10
     assert replies["long"].status_code == 503
@@ -173,7 +173,7 @@ app.main(["--base", {base!r}, "--port", "0"])
         if phase == "serving":
             line = next(line for line in process.stderr if '"serving ' in line)
             url = json.loads(line)["message"].split()[-1]
-            assert httpx.get(f"{url}/health").status_code == 200
+            assert httpx.get(f"{url}/health", timeout=60).status_code == 200
         process.terminate()
         out, err = process.communicate(timeout=20)
     finally:

@@ -96,7 +96,7 @@ def test_half_a_body(connect, url, caplog):
     assert reply.startswith(b"HTTP/1.1 408")
     assert b"\r\nconnection: close" in reply.lower()
     assert body_of(reply)["code"] == "request_timeout"
-    assert httpx.get(f"{url}/health").is_success
+    assert httpx.get(f"{url}/health", timeout=60).is_success
 
 
 def test_a_body_that_trickles(connect):
@@ -135,7 +135,7 @@ def test_half_a_body_that_is_refused_anyway(engine, tokenizer, run_server, key):
 def test_headers_that_never_end(connect, url, sent):
     connection = connect(sent)
     assert rest(connection) == b""
-    assert httpx.get(f"{url}/health").is_success
+    assert httpx.get(f"{url}/health", timeout=60).is_success
 
 
 def test_a_second_requests_headers_that_never_end(connect):
@@ -183,7 +183,7 @@ def test_a_client_that_reads_nothing(connect, url, server, engine, stream, close
     # The stream's sequence is freed, and so is the connection.
     wait_for(lambda: not server.server_state.connections)
     wait_for(lambda: len(engine.aborted) == stream)
-    reply = httpx.post(f"{url}/v1/completions", json={**body, "n": 2, "max_tokens": 1})
+    reply = httpx.post(f"{url}/v1/completions", json={**body, "n": 2, "max_tokens": 1}, timeout=60)
     assert reply.is_success  # the queue's two places are there
 
 

@@ -55,7 +55,7 @@ def test_its_sequences_are_aborted(
     assert caplog.text.count("Traceback") == 0
     # Its place is free again, and the neighbours are unharmed.
     engine.num_until_blocked = None
-    reply = httpx.post(f"{url}/v1/completions", json={**body, "n": 12, "stream": False})
+    reply = httpx.post(f"{url}/v1/completions", json={**body, "n": 12, "stream": False}, timeout=60)
     assert reply.status_code == 200
 
 
@@ -65,7 +65,7 @@ def test_one_that_stays_to_the_end_is_none(
 ) -> None:
     caplog.set_level("INFO")
     body = {"model": "tiny", "prompt": "a fox", "max_tokens": 3, "stream": stream}
-    httpx.post(f"{url}/v1/completions", json=body)
+    httpx.post(f"{url}/v1/completions", json=body, timeout=60)
     wait_for(lambda: logged_statuses(caplog) == [200])
     assert engine.aborted == []
 
@@ -78,5 +78,5 @@ def test_one_that_leaves_while_sending_its_body(url: str, engine: Any) -> None:
         b'Content-Length: 500\r\n\r\n{"model": "tiny", "prompt": "'
     )
     connection.close()
-    assert httpx.get(f"{url}/health").status_code == 200
+    assert httpx.get(f"{url}/health", timeout=60).status_code == 200
     assert engine.submits == []

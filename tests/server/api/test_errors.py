@@ -216,7 +216,7 @@ async def test_a_body_over_the_limit(client: httpx.AsyncClient, declared: bool) 
 
 
 def test_a_client_that_is_still_sending_sees_the_refusal(url: str) -> None:
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, timeout=60) as client:
         for _ in range(2):  # the second on the same connection
             reply = client.post(COMPLETIONS, content=b"x" * (MAX_BODY_BYTES + 2**20))
             assert error_of(reply, 413)["code"] == "request_too_large"

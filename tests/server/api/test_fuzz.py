@@ -10,7 +10,7 @@ WORKING = {"/v1/completions", "/v1/chat/completions", "/detokenize"}
 def test_every_route(url, app, fuzz):
     document = app.openapi()
     assert document["paths"].keys() > WORKING
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, timeout=60) as client:
         for path, methods in document["paths"].items():
             for method in methods:
                 num_done = fuzz(

@@ -332,7 +332,7 @@ async def test_many_at_once(async_client: openai.AsyncOpenAI, engine: Any) -> No
 
 
 def test_adapters_tokenize_and_version(url: str, tokenizer: Any) -> None:
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, timeout=60) as client:
         body = {"model": "broken", "prompt": "the"}
         assert client.post("/v1/completions", json=body).status_code == 400
         adapters = {entry["id"]: entry for entry in client.get("/v1/adapters").json()["data"]}

@@ -23,8 +23,8 @@ $(INSTALLED): pyproject.toml clients/python/pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Train three adapters, serve them, complete with each (ONCE=1 stops after)
 	$(BIN)/malora demo --out $(OUT) --port $(PORT) $(if $(ONCE),--once)
 
-test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## Run the tests, on up to four cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-data: $(INSTALLED)  ## Train, serve and score adapters on the whole of the task data (DATA=folder)
 	MALORA_TEST_DATA=$(DATA) MALORA_TEST_WHOLE=1 $(BIN)/python -m pytest -s tests/end_to_end/test_real_tasks.py

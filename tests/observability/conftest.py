@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,21 @@ def url(watched: Server) -> str:
 
 
 @pytest.fixture(scope="session")
-def log_lines(watched: Server) -> Callable[[], list[dict[str, Any]]]:
-    """What it has logged, a dict a line; a library's own words are no line of ours."""
-    return lambda: [
-        json.loads(line) for line in watched.log.read_text().splitlines() if line[0] == "{"
-    ]
+def log_line(watched: Server) -> Callable[[str], dict[str, Any]]:
+    """What it has logged of a request: `log_line(request_id)`. It may have replied before."""
+
+    def find(request_id: str) -> dict[str, Any]:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            lines = [line for line in watched.log.read_text().splitlines() if request_id in line]
+            if lines:
+                (line,) = lines
+                found: dict[str, Any] = json.loads(line)
+                return found
+            time.sleep(0.02)
+        raise AssertionError(f"no line of request {request_id}")
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -93,14 +93,13 @@ def test_other_requests_have_spans_too_and_probes_none(url: str, collector: Coll
 
 
 def test_the_callers_word_on_sampling_holds_and_a_new_trace_begins_without_one(
-    url: str, collector: Collector, log_lines: Callable[[], list[dict[str, Any]]]
+    url: str, collector: Collector, log_line: Callable[[str], dict[str, Any]]
 ) -> None:
     unwanted, _, headers = traceparent(sampled=False)
     body = {"model": "lora", "prompt": "x", "max_tokens": 1}
     httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
     own = httpx.post(f"{url}/v1/completions", json=body, timeout=60).headers["x-request-id"]
-    (line,) = [line for line in log_lines() if line.get("request_id") == own]
-    (span,) = collector.spans(line["trace_id"])
+    (span,) = collector.spans(log_line(own)["trace_id"])
     assert (span.name, span.parent_span_id) == ("text_completion lora", "")
     # The earlier one would have come before it.
     with pytest.raises(AssertionError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import shutil
@@ -44,6 +45,7 @@ _LAST_WORDS_SECONDS = 0.05
 _STOP_GRACE_SECONDS = 2
 """What an engine may take beyond the time to drain, for its last step and its end."""
 _GONE_SECONDS = 10
+_PR_SET_CHILD_SUBREAPER = 36
 _WATCHES = 10
 """How often an engine is looked at within the time it may be silent."""
 
@@ -99,6 +101,7 @@ class EngineClient:
 
         Raises EngineStartError where it cannot start.
         """
+        inherit_orphans()
         folder = Path(tempfile.mkdtemp(prefix="malora-"))
         context = zmq.asyncio.Context.instance()
         sender = context.socket(zmq.PUSH)
@@ -250,6 +253,14 @@ class EngineClient:
         self._kill()
 
 
+def inherit_orphans() -> None:
+    """Be the parent of what an engine that is lost leaves behind, which can be waited for then.
+
+    The system's first process would be, and a container's may wait late or never.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
 def _how_it_ended(status: int) -> str:
     if status == -signal.SIGKILL:
         return "was killed by SIGKILL (as the system does when memory runs out)"
@@ -288,7 +299,7 @@ async def _end_group(process: asyncio.subprocess.Process) -> None:
         except ProcessLookupError:
             break
         if process.returncode is not None:
-            # As a container's first process we inherit its children.
+            # Its children are ours now: see `inherit_orphans`.
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(-group, os.WNOHANG)
         await asyncio.sleep(0.01)

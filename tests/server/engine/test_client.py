@@ -3,12 +3,18 @@
 import asyncio
 import os
 import signal
+import subprocess
 import time
 
 import msgspec
 import pytest
 
-from malora_server.engine.client import EngineClient, EngineDeadError, EngineStartError
+from malora_server.engine.client import (
+    EngineClient,
+    EngineDeadError,
+    EngineStartError,
+    inherit_orphans,
+)
 from malora_server.engine.config import EngineConfig
 from malora_server.engine.llm import LLM
 from malora_server.engine.messages import SamplingParams, Submit
@@ -167,3 +173,11 @@ async def test_nothing_stays_in_the_temporary_folder(config, monkeypatch, tmp_pa
     assert list(tmp_path.iterdir()) == []
     assert len(await collect(client, submit("served"))) == 20
     await client.stop(0)
+
+
+def test_what_a_child_leaves_behind_can_be_waited_for():
+    inherit_orphans()
+    shell = subprocess.run(["sh", "-c", "sleep 60 >&- & echo $!"], capture_output=True, check=True)
+    orphan = int(shell.stdout)
+    os.kill(orphan, signal.SIGKILL)
+    assert os.waitpid(orphan, 0) == (orphan, signal.SIGKILL)

@@ -24,7 +24,7 @@ demo: $(INSTALLED)  ## Train three adapters, serve them, complete with each (ONC
 	$(BIN)/malora demo --out $(OUT) --port $(PORT) $(if $(ONCE),--once)
 
 test: $(INSTALLED)  ## Run the tests, on up to four cores
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-data: $(INSTALLED)  ## Train, serve and score adapters on the whole of the task data (DATA=folder)
 	MALORA_TEST_DATA=$(DATA) MALORA_TEST_WHOLE=1 $(BIN)/python -m pytest -s tests/end_to_end/test_real_tasks.py

@@ -70,7 +70,7 @@ def connect(memory_fd: int) -> tuple[LoaderProcess, socket.socket]:
     try:
         return process, process.connect(memory_fd)
     except OSError:
-        process.popen.wait()  # it ended between the two lines
+        process.popen.wait()  # it has ended since
     process = start()
     return process, process.connect(memory_fd)
 

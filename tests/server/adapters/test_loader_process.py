@@ -30,7 +30,8 @@ def test_a_link_is_to_one_that_lives():
     first = loader_process.start()
     first.control.close()  # it is ending, and nobody has seen it yet
     first.popen.kill()
-    process, link = loader_process.connect(os.memfd_create("memory"))
+    with open(os.memfd_create("memory")) as memory:
+        process, link = loader_process.connect(memory.fileno())
     with link:
         assert process is loader_process.start()
         assert process.popen.poll() is None
@@ -43,7 +44,7 @@ def test_stopped_it_is_gone_at_once():
     loader_process.stop()  # nothing to do
 
 
-def test_an_engine_starts_it_before_it_imports_what_takes_seconds():
+def test_an_engines_process_comes_to_start_it_without_imports_that_take_seconds():
     code = "import sys, malora_server.engine.process; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "peft"} & set(run.stdout.split())

@@ -322,8 +322,8 @@ def _weights(c, h, part_stride, parts, at, read_at, rows, total, routed, PARTS: 
 def _expand_alone(
     delta, h, c, numbers, counter, expected, routed, row, token, site, offset, start, width, parts,
     num_tokens, num_sites, h_width, c_width, out_width,
-    WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    WEIGHTS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """delta[token, the tile's columns] = Σ weight · row.
 
@@ -343,40 +343,31 @@ def _expand_alone(
     columns = offset + tl.arange(0, COLUMNS)
     inside = columns < width
     rows = tl.arange(0, ROWS)
-    # Weights and numbers of rows are read once for several steps.
     some = tl.arange(0, WEIGHTS)
-    number = some
-    if num_experts > 1:
-        _wait(counter, expected)
-        number = tl.load(numbers + at + some)
-    w = tl.load(
-        up + tl.gather(number, rows, 0).to(tl.int64)[:, None] * width + columns[None, :],
-        mask=(rows < total)[:, None] & inside[None, :],
-        other=0.0,
-    )
-    # A single expert's rows are known: they are on their way while its token is routed.
-    if num_experts <= 1:
-        _wait(counter, expected)
-    weights = _weights(c, h, part_stride, parts, at, read_at, some, total, routed, PARTS)
-    sums = tl.sum(w.to(tl.float32) * tl.gather(weights, rows, 0)[:, None], 0)
-    for begin in range(ROWS, total, ROWS):
-        place = begin % WEIGHTS
-        if place == 0:
-            number = begin + some
-            if num_experts > 1:
-                number = tl.load(numbers + at + begin + some)
-        w = tl.load(
-            up
-            + tl.gather(number, place + rows, 0).to(tl.int64)[:, None] * width
-            + columns[None, :],
-            mask=(begin + rows < total)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        if place == 0:
-            weights = _weights(
-                c, h, part_stride, parts, at, read_at, begin + some, total, routed, PARTS
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    # Weights and numbers of rows are read once for several steps.
+    for first in range(0, total, WEIGHTS):
+        number = first + some
+        if num_experts > 1:
+            if first == 0:
+                _wait(counter, expected)
+            number = tl.load(numbers + at + number, mask=number < total, other=0)
+        weights = tl.zeros((WEIGHTS,), tl.float32)
+        for begin in tl.range(0, tl.minimum(total - first, WEIGHTS), ROWS, num_stages=STAGES):
+            step = begin + rows
+            w = tl.load(
+                up + tl.gather(number, step, 0).to(tl.int64)[:, None] * width + columns[None, :],
+                mask=(first + step < total)[:, None] & inside[None, :],
+                other=0.0,
             )
-        sums += tl.sum(w.to(tl.float32) * tl.gather(weights, place + rows, 0)[:, None], 0)
+            if begin == 0:
+                # A single expert's rows are known: some are on their way while it is routed.
+                if num_experts <= 1:
+                    _wait(counter, expected)
+                weights = _weights(
+                    c, h, part_stride, parts, at, read_at, first + some, total, routed, PARTS
+                )
+            sums += tl.sum(w.to(tl.float32) * tl.gather(weights, step, 0)[:, None], 0)
     tl.store(delta + token * out_width + start + columns, sums.to(dtype), mask=inside)
 
 
@@ -477,6 +468,7 @@ def add_beside(
     DIMS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     ADD_ROWS: tl.constexpr,
+    ADD_STAGES: tl.constexpr,
     COLUMNS: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
     SHARED_COLUMNS: tl.constexpr,
@@ -581,7 +573,7 @@ def add_beside(
             header_row(tl.load(alone_row + ADD_HEADER * num_tokens), first_site + site),
             tl.load(alone_row + ADD_TOKEN * num_tokens).to(tl.int32), site, offset, start, width,
             parts, num_tokens, num_sites, h_width, c_width, out_width,
-            WEIGHTS, ADD_ROWS, COLUMNS, PARTS, ALIGNMENT,
+            WEIGHTS, ADD_ROWS, ADD_STAGES, COLUMNS, PARTS, ALIGNMENT,
         )  # fmt: skip
     elif program < shared_expands:
         add = alone_adds + (program - expands) // shared_tiles

@@ -82,7 +82,10 @@ def constants(
         "ROUTE_ROWS": _ROUTE_ROWS,
         "DIMS": 64,
         "WEIGHTS": 32,
-        "ADD_ROWS": 8,
+        # Of up-projections, on their way through shared memory while those before are added:
+        # registers would hold twice as much, but nothing would be under way meanwhile.
+        "ADD_ROWS": 2,
+        "ADD_STAGES": 4,
         "COLUMNS": _COLUMNS,
         "SHARED_ROWS": 32,
         "SHARED_COLUMNS": _SHARED_COLUMNS,

@@ -96,6 +96,7 @@ def test_kernels_compile_and_read_wide(kernel, compile_kernel):
         assert wide > 0
     if kernel == "beside":  # which routes too
         assert narrow < wide
+        assert "cp.async.cg" in ptx  # up-projections, ahead of their use
     elif kernel != "route":
         assert narrow == 0
 

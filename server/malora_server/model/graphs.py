@@ -36,8 +36,29 @@ from malora_server.model.pieces import PiecewiseGraph, unowned
 logger = logging.getLogger(__name__)
 
 _MIXED_ROWS = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256))
-"""Of graphs of steps with prompts. With more tokens the device takes longer, for all but small
-models, than the host takes to launch everything."""
+_FULL = 0.9
+
+
+def mixed_rows(max_tokens: int) -> list[int]:
+    """Rows of the graphs of steps with prompts, ascending; a step has `max_tokens` at most.
+
+    Beyond 2,048 there is one, of full steps: those that a busy server makes.
+    """
+    rows = [n for n in _MIXED_ROWS if n < max_tokens]
+    more = next((n for n in _MIXED_ROWS if n >= max_tokens), -(-max_tokens // 64) * 64)
+    return [*rows, more]
+
+
+def fitting_rows(rows: Sequence[int], num_tokens: int) -> int | None:
+    """Those of the smallest graph that a step with prompts fits.
+
+    None where it is launched kernel by kernel, which takes the host less time than many spare rows
+    would take the device.
+    """
+    fits = next((n for n in rows if n >= num_tokens), None)
+    if fits is not None and fits > _MIXED_ROWS[-1] and num_tokens < _FULL * fits:
+        return None
+    return fits
 
 
 @dataclass(frozen=True)
@@ -234,8 +255,7 @@ class StepGraphs:
         most = min(max_seqs, MAX_TOKENS)
         sizes = (1, 2, 4, *range(8, most + 8, 8))
         self._decode_rows = [n for n in sizes if n < most + 8]
-        largest = next((n for n in _MIXED_ROWS if n >= max_tokens), _MIXED_ROWS[-1])
-        self._mixed_rows = [n for n in _MIXED_ROWS if n <= largest]
+        self._mixed_rows = mixed_rows(max_tokens)
         self._decode_steps: dict[int, DecodeStep] = {}
         self._graphs: dict[tuple[type[_Graph], int, bool], tuple[Sizes, _Graph]] = {}
 
@@ -268,10 +288,10 @@ class StepGraphs:
             logits = graph.replay()[:num_tokens]
             # In the usual step every sequence wants its logits: nothing to select.
             return logits if len(wanted) == num_tokens else logits[self._on_device(wanted)], None
-        if num_tokens > self._mixed_rows[-1] or len(wanted) > self._max_seqs:
+        fits = fitting_rows(self._mixed_rows, num_tokens)
+        if fits is None or len(wanted) > self._max_seqs:
             return None
-        rows = next(n for n in self._mixed_rows if n >= num_tokens)
-        mixed = self._graph(_MixedGraph, rows, adapted)
+        mixed = self._graph(_MixedGraph, fits, adapted)
         assert isinstance(mixed, _MixedGraph)
         if not mixed.load(step):
             return None

@@ -85,9 +85,15 @@ class ModelRunner:
             )
 
     def capture(self, adapted: bool) -> None:
-        """Capture the graphs of steps, where there are any; `adapted` with adapters too."""
+        """Capture the graphs of steps, where there are any; `adapted` with adapters too.
+
+        Elsewhere on a GPU, compile what steps without adapters run: no request should wait for it.
+        """
         if self._graphs is not None:
             self._graphs.capture(adapted)
+        elif self._loaded.device.type == "cuda":
+            for count in 2, 1:  # of which the compiler knows more
+                self.run([ChunkInput([0] * count, 0, [0], None)], [0])
 
     @torch.inference_mode()
     def run(

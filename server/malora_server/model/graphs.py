@@ -37,16 +37,24 @@ logger = logging.getLogger(__name__)
 
 _MIXED_ROWS = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256))
 _FULL = 0.9
+_MOST_OPERATIONS = 2.5e12
+"""Of a layer's products in one step. With more, some 4 ms of an H100, the device takes longer than
+the host takes to launch a layer's kernels, and a graph's spare programs only cost: one in a hundred
+for an 8B model."""
 
 
-def mixed_rows(max_tokens: int) -> list[int]:
-    """Rows of the graphs of steps with prompts, ascending; a step has `max_tokens` at most.
+def mixed_rows(max_tokens: int, layer_weights: float) -> list[int]:
+    """Rows of the graphs of steps with prompts, ascending.
 
-    Beyond 2,048 there is one, of full steps: those that a busy server makes.
+    max_tokens: a step has at most. layer_weights: of a layer's linears. Beyond 2,048 rows there is
+    one graph at most, of full steps: those that a busy server makes.
     """
     rows = [n for n in _MIXED_ROWS if n < max_tokens]
-    more = next((n for n in _MIXED_ROWS if n >= max_tokens), -(-max_tokens // 64) * 64)
-    return [*rows, more]
+    if len(rows) < len(_MIXED_ROWS):
+        return [*rows, _MIXED_ROWS[len(rows)]]
+    if max_tokens > rows[-1] and 2 * max_tokens * layer_weights <= _MOST_OPERATIONS:
+        rows.append(-(-max_tokens // 64) * 64)
+    return rows
 
 
 def fitting_rows(rows: Sequence[int], num_tokens: int) -> int | None:
@@ -243,19 +251,23 @@ class StepGraphs:
         """flash: attention that is launched between graphs."""
         self._max_seqs, self._max_blocks = max_seqs, max_blocks
         self._flash = flash
+        num_layers = 1 + max(group.layer for group in loaded.groups)
         self._shared = _Shared(
             loaded,
             adapters,
             attention,
             block_size,
             spare_block,
-            1 + max(group.layer for group in loaded.groups),
+            num_layers,
             torch.cuda.graph_pool_handle(),
         )
         most = min(max_seqs, MAX_TOKENS)
         sizes = (1, 2, 4, *range(8, most + 8, 8))
         self._decode_rows = [n for n in sizes if n < most + 8]
-        self._mixed_rows = mixed_rows(max_tokens)
+        weights = sum(
+            group.in_features * site.width for group in loaded.groups for site in group.sites
+        )
+        self._mixed_rows = mixed_rows(max_tokens, weights / num_layers)
         self._decode_steps: dict[int, DecodeStep] = {}
         self._graphs: dict[tuple[type[_Graph], int, bool], tuple[Sizes, _Graph]] = {}
 

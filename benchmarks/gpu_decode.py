@@ -107,7 +107,9 @@ def _measure(
     names = [f"{kind}-{i % used}" if used and i % 64 < among else None for i in range(size)]
     figures: dict[str, float | None] = {"step_ms": _decode(core, names)}
     if prefill and size == 64:
-        figures["prefill_tokens_per_second"] = _prefill(core, names)
+        rate, base_rate = _prefill(core, names)
+        figures["prefill_tokens_per_second"] = rate
+        figures["prefill_of_base"] = rate / base_rate
     figures["vllm_step_ms"] = VLLM.get((shape, size), {}).get(row)
     results.setdefault(str(size), {})[row] = figures
     print(size, row, figures, flush=True)
@@ -180,17 +182,23 @@ def _decode(core: EngineCore, names: list[str | None]) -> float:
     return statistics.median(times[5:]) * 1e3
 
 
-def _prefill(core: EngineCore, names: list[str | None]) -> float:
-    """Prompt tokens a second, the median of five after two that warm up."""
-    rates = []
+def _prefill(core: EngineCore, names: list[str | None]) -> tuple[float, float]:
+    """Prompt tokens a second, and the base's: medians of six, after one that warms up.
+
+    In turns: a GPU at its limit of power is slower when it is warm.
+    """
+    rates: tuple[list[float], list[float]] = ([], [])
+    base: list[str | None] = [None] * len(names)
     for _ in range(7):
-        _submit(core, names, 1)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        while core.has_work:
-            core.step()
-        rates.append(len(names) * PROMPT_TOKENS / (time.perf_counter() - start))
-    return statistics.median(rates[2:])
+        for of, some in zip(rates, (names, base), strict=True):
+            _submit(core, some, 1)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            while core.has_work:
+                core.step()
+            of.append(len(names) * PROMPT_TOKENS / (time.perf_counter() - start))
+    rate, base_rate = (statistics.median(of[1:]) for of in rates)
+    return rate, base_rate
 
 
 def _print(results: dict[str, Any], shape: str, batches: list[int]) -> None:
@@ -212,7 +220,7 @@ def _print(results: dict[str, Any], shape: str, batches: list[int]) -> None:
                 "" if theirs is None else f"{theirs:.2f}",
                 "" if theirs is None else f"{theirs / their_base:.2f}",
                 "" if rate is None else f"{rate:.0f}",
-                "" if rate is None else f"{rate / base['prefill_tokens_per_second']:.3f}",
+                "" if rate is None else f"{of['prefill_of_base']:.3f}",
             )
         Console().print(table)
 

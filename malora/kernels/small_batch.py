@@ -82,8 +82,8 @@ def constants(
         "ROUTE_ROWS": _ROUTE_ROWS,
         "DIMS": 64,
         "WEIGHTS": 32,
-        # Of up-projections, on their way through shared memory while those before are added:
-        # registers would hold twice as much, but nothing would be under way meanwhile.
+        # Of up-projections, which come through shared memory while those before are added: of rows
+        # read into registers, none would be under way meanwhile.
         "ADD_ROWS": 2,
         "ADD_STAGES": 4,
         "COLUMNS": _COLUMNS,

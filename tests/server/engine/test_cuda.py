@@ -24,6 +24,7 @@ KINDS = {
     "wide": (1, 1, 96, 96, "hidden"),
 }
 COUNT = 64
+FULL_STEP = 4096
 DEVICE = "cuda"
 
 
@@ -85,6 +86,7 @@ def cores():
         kv_cache_memory=1 << 25,
         adapter_device_memory=1 << 28,
         max_model_len=800,
+        max_num_batched_tokens=FULL_STEP,
     )
     gpu = EngineCore(engine, model.cuda())
     # Captured before there is any adapter, and before the widest of them.
@@ -174,6 +176,27 @@ def test_prompts_that_join_others_are_right(cores, name, monkeypatch):
     sampling = SamplingParams(max_tokens=12, temperature=0.0, seed=0, logprobs=0)
     generated = generate(gpu, requests, sampling, steps_apart=1)
     assert len(replays) >= 30
+    assert_scored_alike(cpu, requests, generated)
+
+
+@pytest.mark.parametrize("name", ["none", "own"])
+def test_full_steps_of_prompts_are_right(cores, name, monkeypatch):
+    """Prompts that fill steps of more tokens than most graphs have, a part of one in the next."""
+    gpu, cpu = cores
+    graphs = gpu._runner._graphs
+    rows = []
+    take = type(graphs)._graph
+    monkeypatch.setattr(
+        type(graphs), "_graph", lambda self, kind, *of: rows.append(of[0]) or take(self, kind, *of)
+    )
+    generator = torch.Generator().manual_seed(len(name))
+    requests = [
+        (torch.randint(0, 512, (700,), generator=generator).tolist(), adapter)
+        for adapter in ([None] * 16 if name == "none" else map(str, range(16)))
+    ]
+    sampling = SamplingParams(max_tokens=12, temperature=0.0, seed=0, logprobs=0)
+    generated = generate(gpu, requests, sampling)
+    assert rows.count(FULL_STEP) >= 2
     assert_scored_alike(cpu, requests, generated)
 
 

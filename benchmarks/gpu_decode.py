@@ -185,7 +185,7 @@ def _decode(core: EngineCore, names: list[str | None]) -> float:
 def _prefill(core: EngineCore, names: list[str | None]) -> tuple[float, float]:
     """Prompt tokens a second, and the base's: medians of six, after one that warms up.
 
-    In turns: a GPU at its limit of power is slower when it is warm.
+    In turns, for the clock is not the same all the time.
     """
     rates: tuple[list[float], list[float]] = ([], [])
     base: list[str | None] = [None] * len(names)

@@ -36,7 +36,9 @@ from malora_server.model.pieces import PiecewiseGraph, unowned
 logger = logging.getLogger(__name__)
 
 _MIXED_ROWS = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256))
+"""Of graphs of steps with prompts, whatever the model."""
 _FULL = 0.9
+"""How much of a larger graph a step must fill to take it."""
 _MOST_OPERATIONS = 2.5e12
 """Of a layer's products in one step. With more, some 4 ms of an H100, the device takes longer than
 the host takes to launch a layer's kernels, and a graph's spare programs only cost: one in a hundred
